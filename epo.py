@@ -35,7 +35,7 @@ def token_weights(mask, episode, average="episode"):
     "episode" is Eq. 2's mean over the tokens of a turn, then the turns of an episode, then episodes; "token" is the flat
     mean over all tokens (the published code's). Raises ValueError for a turn without tokens or an unknown average.
     """
-    mask = mask.to(torch.get_default_dtype()) if not mask.is_floating_point() else mask
+    mask = mask if mask.dtype == torch.float64 else mask.float()
     tokens = mask.sum(1, keepdim=True)                                              # (N, 1)  |τ_jt|
     if (tokens == 0).any():
         raise ValueError("token_weights: a turn has no written token; every turn ends with at least its end token")
@@ -65,7 +65,7 @@ def policy_loss(logp, old_logp, advantages, weights, clip=0.2):
     """L_MT: minus PPO's clipped objective, one ratio per token. advantages: (N,) for a whole turn or (N, L). -> scalar."""
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(1)                                        # (N, 1): one per turn
-    ratio = (logp - old_logp).exp()                                                 # (N, L)  π_θ / π_old
+    ratio = (logp - old_logp).masked_fill(weights == 0, 0.0).exp()                  # (N, L)  π_θ / π_old; 1 on padding
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     return -(objective * weights).sum()
 
@@ -88,11 +88,11 @@ def smoothing_loss(entropy, reference, weights, kappa_l, kappa_r, alpha, form="h
     if not alpha >= 0:
         raise ValueError(f"smoothing_loss: alpha must not be negative, not {alpha}")
     if form not in ("hinge", "indicator"):
-        raise ValueError(f"smoothing_loss: form must be 'hinge' or 'indicator', not {form!r}")
+        raise ValueError(f"smoothing_loss: the form is 'hinge' or 'indicator' (or 'off' for epo_loss), not {form!r}")
     if reference is None:
         return entropy.new_zeros(())
-    below = (kappa_l * reference - entropy).clamp(min=0)                            # (N, L)  [κ_l·H̄_W - H]_+
-    above = (entropy - kappa_r * reference).clamp(min=0)                            # (N, L)  [H - κ_r·H̄_W]_+
+    below = (kappa_l * reference - entropy).relu()                                  # (N, L)  [κ_l·H̄_W - H]_+
+    above = (entropy - kappa_r * reference).relu()                                  # (N, L)  [H - κ_r·H̄_W]_+
     penalty = below + above if form == "hinge" else ((below + above) > 0).to(entropy.dtype)
     return alpha * (penalty * weights).sum()
 

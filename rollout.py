@@ -60,6 +60,8 @@ def load_policy(name, env, device="cpu"):
     Dropout stays off for good: log-probs of a rollout and of the update must agree. Raises SetupError in one line.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     path = os.path.join(HERE, "models", env) if name == "tiny" else name
     if name == "tiny" and not os.path.isdir(path):
         raise SetupError(f"there is no tiny policy for {env}; make one with `python warmstart.py --env {env}`")
@@ -137,7 +139,7 @@ def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator
     """Play one episode per task, all at once, to its end or the turn limit.
 
     -> (episodes, lost, seconds): lost counts the episodes dropped because their simulator died (with no outcome they can't be
-    scored); seconds holds those spent on load, generate and environment. progress(turn, live episodes) is called every turn.
+    scored); seconds holds those spent on load, generate and environment. progress: a tqdm bar that counts finished episodes.
     """
     clock, seconds = time.perf_counter, dict.fromkeys(("load", "generate", "environment"), 0.0)
     start = clock()
@@ -165,11 +167,12 @@ def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator
                 turns[slot].invalid = seen[slot].invalid
                 episodes[slot].turns.append(turns[slot])
                 episodes[slot].score, episodes[slot].success = seen[slot].score, seen[slot].success
-        live = [slot for slot in live if now[slot] is not None and not now[slot].done]
+        going = [slot for slot in live if now[slot] is not None and not now[slot].done]
+        if progress is not None:
+            progress.update(len(live) - len(going))
+        live = going
         seconds["generate"] += middle - start
         seconds["environment"] += clock() - middle
-        if progress:
-            progress(t + 1, len(live))
     kept = [episode for slot, episode in enumerate(episodes) if now[slot] is not None]
     return kept, len(episodes) - len(kept), seconds
 

@@ -1,0 +1,248 @@
+"""The loop: the same gradient for any split, the log, resuming after a kill, and one clear line for bad input."""
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from envs import KeyQuest, SetupError, Task
+from rollout import HERE, collect, load_policy
+
+SMALL = ["--env", "keyquest", "--tasks", "short", "--steps", "4", "--turns", "8", "--tasks-per-step", "4", "--group-size", "4",
+         "--minibatches", "2", "--eval-every", "2", "--eval-episodes", "6"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(arguments, **more):
+    return subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *arguments], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, **more)
+
+
+def rows(out, timing=False):
+    """log.jsonl without what a clock decides."""
+    return [{k: v for k, v in json.loads(line).items() if timing or not k.startswith("seconds")} for line in open(os.path.join(out, "log.jsonl"))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("runs") / "whole")
+    result = run([*SMALL, "--out", out])
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+@pytest.fixture(scope="module")
+def batch():
+    policy, world = load_policy("tiny", "keyquest"), KeyQuest()
+    episodes, _, _ = collect(world, policy, world.tasks("train")[:8], 7, 1.0, 8, torch.Generator().manual_seed(0))
+    return policy, episodes, torch.randn(8, generator=torch.Generator().manual_seed(1))
+
+
+def gradient(batch, **options):
+    """The gradients that `update` hands to the optimizer, and its log."""
+    policy, episodes, advantages = batch
+    policy = copy.copy(policy)
+    policy.model = copy.deepcopy(policy.model).double()
+    start = copy.deepcopy(policy.model).requires_grad_(False)
+    for p in policy.model.parameters():
+        p.data += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
+    taken = []
+
+    class Record:
+        def step(self):
+            taken.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+
+        def zero_grad(self):
+            policy.model.zero_grad()
+    cfg = train.Config(**{"minibatches": 1, "grad_clip": 1e9, "kl_coef": 0.3, "entropy_coef": 0.5, "kappa_l": 0.5, "kappa_r": 1.2,
+                          "alpha": 1.0, **options})
+    torch.manual_seed(0)
+    log = train.update(policy, start, Record(), episodes, advantages, 0.4, 1.5, cfg, train.bar("", 1))
+    return taken, log
+
+
+def test_gradient_is_the_same_for_any_micro_batch_size(batch):
+    """The loss is divided by the whole batch's weights, so memory settings can't change what is learnt."""
+    (whole,), log = gradient(batch, micro_batch=1000)
+    assert whole.abs().max() > 1e-3
+    for size in (1, 3, 16):
+        (split,), other = gradient(batch, micro_batch=size)
+        assert (split - whole).abs().max() < 1e-5 * whole.abs().max()
+        assert all(abs(other[k] - log[k]) < 1e-5 for k in log)
+
+
+def test_mini_batches_are_an_unbiased_split_of_the_batch(batch):
+    """Without a step in between, the mean of the mini-batches' gradients is the gradient of the batch (Eq. 2's weights)."""
+    (whole,), log = gradient(batch)
+    parts, other = gradient(batch, minibatches=4)
+    assert len(parts) == 4 and (sum(parts) / 4 - whole).abs().max() < 1e-5 * whole.abs().max()
+    assert abs(other["loss"] - log["loss"]) < 1e-5
+
+
+def test_logged_terms_add_up_to_the_loss(batch):
+    _, log = gradient(batch)
+    total = log["policy_loss"] - 0.5 * (log["entropy_loss"] - 1.5 * log["smoothing_loss"]) + 0.3 * log["kl"]
+    assert abs(total - log["loss"]) < 1e-6 and log["smoothing_loss"] > 0 and log["kl"] > 0
+
+
+def test_kl_is_zero_at_the_start_and_positive_after(batch):
+    x = torch.tensor([[-1.0, -2.0]])
+    w = torch.tensor([[0.5, 0.5]])
+    assert train.kl_loss(x, x, w) == 0
+    # k3 by hand: d = (0.5, -0.5): e^0.5 - 1.5 = 0.14872, e^-0.5 - 0.5 = 0.10653, mean 0.12763
+    assert abs(train.kl_loss(x, x + torch.tensor([[0.5, -0.5]]), w).item() - 0.12763) < 1e-5
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(batch):
+    policy, episodes, advantages = batch
+    before = {k: v.clone() for k, v in policy.model.state_dict().items()}
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1.0)
+    with pytest.raises(SetupError, match="not finite"):
+        train.update(policy, None, optimizer, episodes, advantages * float("nan"), None, 2.0, train.Config(minibatches=1), train.bar("", 1))
+    assert all(torch.equal(v, before[k]) for k, v in policy.model.state_dict().items())
+    policy.model.zero_grad()
+
+
+def test_the_log_of_a_run(finished):
+    out, printed = finished
+    log = rows(out, timing=True)
+    assert [r["step"] for r in log] == [0, 1, 2, 3, 4]
+    assert ["iid_success" in r for r in log] == [True, False, True, False, True] and "success" not in log[-1]
+    wanted = {"step", "reward", "success", "invalid", "entropy", "entropy_by_turn", "reference", "corridor_low", "corridor_high", "outside",
+              "beta", "loss", "policy_loss", "entropy_loss", "smoothing_loss", "kl", "clip_fraction", "grad_norm", "lr", "turns", "tokens",
+              "seconds_load", "seconds_generate", "seconds_environment", "seconds_train"}
+    assert all(wanted <= r.keys() for r in log[:-1])
+    # Algorithm 1: no reference in step 0, then the mean of the entropies of the steps before
+    assert log[0]["reference"] is None and log[0]["smoothing_loss"] == 0
+    for k in (1, 2, 3):
+        assert log[k]["reference"] == pytest.approx(sum(r["entropy"] for r in log[:k]) / k)
+        assert log[k]["corridor_high"] == pytest.approx(2 * log[k]["reference"])
+    assert log[0]["beta"] == 2 and log[2]["beta"] == pytest.approx(1 + 2.718281828 ** -3)
+    assert len(log[0]["entropy_by_turn"]) == 8 and log[0]["clip_fraction"] < 0.2
+    assert json.load(open(os.path.join(out, "config.json")))["turns"] == 8
+    assert len(json.load(open(os.path.join(out, "tasks.json")))["ood"]) == 6
+    assert "step   3" in printed and "evaluation: IID" in printed
+    text = open(os.path.join(out, "transcripts", "step-0004.txt")).read()
+    assert "[ood] task short" in text and "--- turn 1" in text
+
+
+def test_a_killed_run_resumes_to_the_same_log(finished, tmp_path):
+    """kill -9 after 2 of 4 steps, half a row left in the log: the resumed run ends with the log of the undisturbed one."""
+    whole, out = finished[0], str(tmp_path / "killed")
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *SMALL, "--out", out], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("step   1"):
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    with open(os.path.join(out, "log.jsonl"), "a") as log:
+        log.write('{"step": 2, "rew')
+    result = run(["--out", out, "--resume"])
+    assert result.returncode == 0, result.stderr
+    assert rows(out) == rows(whole)
+
+
+def test_resume_refuses_a_changed_flag_and_a_damaged_checkpoint(finished, tmp_path):
+    out = str(tmp_path / "damaged")
+    shutil.copytree(finished[0], out)
+    result = run(["--out", out, "--resume", "--lr", "0.5"])
+    assert result.returncode == 1 and one_line(result.stderr) and "--lr" in result.stderr
+    path = os.path.join(out, "checkpoint.pt")
+    os.truncate(path, os.path.getsize(path) // 2)
+    before = open(os.path.join(out, "log.jsonl")).read()
+    result = run(["--out", out, "--resume"])
+    assert result.returncode == 1 and one_line(result.stderr) and "can't be read" in result.stderr
+    assert open(os.path.join(out, "log.jsonl")).read() == before
+
+
+def test_ctrl_c_stops_in_one_line_and_can_be_resumed(tmp_path):
+    out = str(tmp_path / "stopped")
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *SMALL, "--out", out], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step   0"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.stdout.read()
+    error = process.stderr.read()
+    assert process.wait() != 0 and one_line(error) and "--resume" in error
+    assert run(["--out", out, "--resume"]).returncode == 0
+
+
+def one_line(text):
+    return len(text.strip().splitlines()) == 1 and "Traceback" not in text
+
+
+@pytest.mark.parametrize("arguments,says", [
+    (["--env", "nowhere"], "nowhere"), (["--colour", "red"], "--colour"), (["--steps", "many"], "--steps"),
+    (["--env", "scienceworld", "--tasks", "no-such-task"], "no-such-task"), (["--env", "keyquest", "--tasks", "no-such-task"], "no-such-task"),
+    (["--group-size", "1"], "--group-size"), (["--model", "missing/path"], "missing/path"), (["--minibatches", "3"], "doesn't divide"),
+    (["--kappa-l", "3"], "kappa_l"), (["--alpha", "-1"], "alpha"), (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--steps", "0"], "--steps"), (["--resume"], "no run"), (["--smoothing", "soft"], "soft"), (["--device", "cuda"], "GPU")])
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, says, tmp_path, monkeypatch, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = tmp_path / "new"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--out", str(out)])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    text = capsys.readouterr().err + (stop.value.code if isinstance(stop.value.code, str) else "")
+    assert stop.value.code and one_line(text) and says in text and not out.exists()
+
+
+def test_an_existing_run_is_not_overwritten(finished):
+    before = {f: os.path.getmtime(os.path.join(finished[0], f)) for f in os.listdir(finished[0])}
+    result = run([*SMALL, "--out", finished[0]])
+    assert result.returncode == 1 and one_line(result.stderr) and "--resume" in result.stderr
+    assert before == {f: os.path.getmtime(os.path.join(finished[0], f)) for f in os.listdir(finished[0])}
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path):
+    path = str(tmp_path / "checkpoint.pt")
+    train.write(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(SetupError, match="No space left"):
+        train.write(path, fail)
+    assert open(path).read() == "old"
+
+
+def test_every_option_is_used():
+    """A coefficient that is defined and never read is a bug."""
+    source = open(os.path.join(HERE, "train.py")).read()
+    unused = [f.name for f in train.fields(train.Config) if not re.search(rf"cfg\.{f.name}\b", source)]
+    assert unused == []
+
+
+def test_tasks_are_drawn_by_type_in_turn_and_from_the_seed():
+    tasks = [Task("a", v) for v in range(100)] + [Task("b", v) for v in range(5)]
+    drawn = train.draw(tasks, 8, "0 3")
+    assert drawn == train.draw(tasks, 8, "0 3") != train.draw(tasks, 8, "0 4")
+    assert sum(t.name == "b" for t in drawn) == 4 and len(set(drawn)) == 8
+    assert len(train.draw([Task("a", 0)], 3, 0)) == 3
+
+
+def test_learning_rate_rises_then_falls():
+    cfg = train.Config(steps=100, lr=1.0, warmup=0.1, min_lr=0.2)
+    rates = [train.learning_rate(k, cfg) for k in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[55] == pytest.approx(0.6, abs=0.01)
+    assert rates[99] == pytest.approx(0.2, abs=0.01) and rates[9:] == sorted(rates[9:], reverse=True)
+
+

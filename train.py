@@ -1,0 +1,359 @@
+"""Train an agent with EPO on one GPU or on a CPU. Everything happens in the loop of `train`:
+
+    evaluate (now and then) → collect episodes → advantages → update → append H̄_k to the history → log → save
+
+    python train.py --env scienceworld                      # the tiny policy, CPU, no download
+    python train.py --env scienceworld --model HuggingFaceTB/SmolLM2-360M-Instruct --device cuda
+
+A run folder (--out) holds config.json, tasks.json (the evaluation tasks), log.jsonl (a row per step), transcripts/ and
+checkpoint.pt. Every random choice of step k is seeded by (seed, k), so a resumed run continues as if it had never stopped.
+"""
+import argparse
+import copy
+import json
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+from tqdm import tqdm
+
+from envs import KeyQuest, ScienceWorld, SetupError
+from epo import EntropyHistory, beta, epo_loss, group_advantages, smoothing_loss, token_weights
+from rollout import collect, load_policy, score, transcript
+
+
+def option(default, help, **more):
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class Config:
+    env: str = option("scienceworld", "the world", choices=("scienceworld", "keyquest"))
+    tasks: str = option("", "task types, comma-separated; default: those the tiny policy was warm-started on, else all")
+    simplifications: str = option("easy", "ScienceWorld's simplifications: easy, none, or its names, comma-separated")
+    turns: int = option(15, "turn limit of an episode (the paper: 30)")
+    model: str = option("tiny", "tiny, a folder, or a causal LM on the hub")
+    max_tokens: int = option(0, "most tokens the policy may write in a turn; 0: 24 for a tiny policy, 512 for others")
+    steps: int = option(40, "RL steps K")
+    tasks_per_step: int = option(8, "different tasks collected per step")
+    group_size: int = option(8, "episodes of each task (the GRPO group)")
+    temperature: float = option(1.0, "sampling temperature of training")
+    minibatches: int = option(4, "optimizer updates per step; each takes an equal share of the episodes")
+    micro_batch: int = option(64, "turns per forward pass; memory only, it can't change a gradient")
+    lr: float = option(3e-4, "learning rate at its peak")
+    warmup: float = option(0.1, "share of the steps in which the rate rises to lr")
+    min_lr: float = option(0.2, "where the cosine ends, as a share of lr")
+    weight_decay: float = option(0.01, "AdamW's")
+    grad_clip: float = option(1.0, "largest gradient norm of an update")
+    clip: float = option(0.2, "PPO's ε")
+    entropy_coef: float = option(0.001, "λ, 0: no entropy terms")
+    average: str = option("episode", "Eq. 2's mean over tokens, turns, episodes; or the flat mean over tokens", choices=("episode", "token"))
+    smoothing: str = option("hinge", "form of Eq. 3; indicator is v1's, without a gradient", choices=("hinge", "indicator", "off"))
+    kappa_l: float = option(0.0, "κ_l, the corridor's floor as a share of the mean entropy so far")
+    kappa_r: float = option(2.0, "κ_r, its cap")
+    alpha: float = option(0.1, "α; the cap pulls entropy back only where α·β_k > 1")
+    gamma: float = option(3.0, "γ of β_k (Eq. 5)")
+    kl_coef: float = option(0.01, "weight of the KL to the frozen starting policy")
+    invalid_penalty: float = option(0.0, "taken from the return for each turn without a valid action (the published runs: 0.1 with reward 10)")
+    eval_every: int = option(10, "steps between evaluations; before the first and after the last step there is always one")
+    eval_episodes: int = option(70, "episodes per evaluation on each of IID and OOD")
+    eval_temperature: float = option(0.4, "sampling temperature of evaluations")
+    seed: int = option(0, "seed of every random choice")
+    device: str = option("auto", "auto, cpu or cuda")
+    out: str = option("", "run folder; default: runs/ENV")
+    resume: bool = option(False, "continue the run in --out from its checkpoint")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                          # one line, not a page of usage
+        self.exit(2, f"train.py: {message}; see --help\n")
+
+
+def parse(arguments):
+    """Command line -> Config. A resumed run takes what is not given from its config.json; nothing given may differ from it."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    for f in fields(Config):
+        more = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"), **more)
+    given = vars(parser.parse_args(arguments))
+    cfg = Config(**given)
+    cfg.out = cfg.out or os.path.join("runs", cfg.env)
+    if cfg.resume:
+        try:
+            saved = json.load(open(os.path.join(cfg.out, "config.json")))
+        except (OSError, ValueError) as error:
+            raise SetupError(f"--resume: {cfg.out} holds no run that can be read ({error})") from error
+        for name in given.keys() - {"out", "resume", "device"}:
+            if given[name] != saved[name]:
+                raise SetupError(f"--resume: --{name.replace('_', '-')} is {given[name]}, but the run in {cfg.out} has {saved[name]}; leave it out")
+        cfg = Config(**{**saved, **given})
+    elif os.path.exists(cfg.out):
+        raise SetupError(f"{cfg.out} exists already; continue it with --resume, or choose another folder with --out")
+    check(cfg)
+    return cfg
+
+
+def check(cfg):
+    """Refuse what can't work before anything starts. Raises SetupError."""
+    for name in ("turns", "steps", "tasks_per_step", "minibatches", "micro_batch", "eval_every", "eval_episodes", "lr", "temperature",
+                 "eval_temperature", "grad_clip", "clip"):
+        if not getattr(cfg, name) > 0:
+            raise SetupError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
+    for name in ("entropy_coef", "kl_coef", "weight_decay", "invalid_penalty", "max_tokens", "warmup", "min_lr"):
+        if not getattr(cfg, name) >= 0:
+            raise SetupError(f"--{name.replace('_', '-')} must not be negative, not {getattr(cfg, name)}")
+    if cfg.group_size < 2:
+        raise SetupError(f"--group-size {cfg.group_size}: GRPO compares the episodes of a group, so it needs at least 2")
+    if cfg.tasks_per_step * cfg.group_size % cfg.minibatches:
+        raise SetupError(f"--minibatches {cfg.minibatches} doesn't divide the {cfg.tasks_per_step * cfg.group_size} episodes of a step")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise SetupError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    try:
+        beta(0, cfg.steps, cfg.gamma)
+        smoothing_loss(torch.zeros(1, 1), 0.0, torch.ones(1, 1), cfg.kappa_l, cfg.kappa_r, cfg.alpha)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+
+
+def make_world(cfg, policy):
+    names = tuple(filter(None, cfg.tasks.split(","))) or policy.tasks
+    if cfg.env == "keyquest":
+        return KeyQuest(names)
+    return ScienceWorld(names, "" if cfg.simplifications == "none" else cfg.simplifications, objects=not policy.compact)
+
+
+def draw(tasks, n, seed):
+    """n tasks, the task types in turn and a random variation of each, without repeats while there are any left."""
+    rng, by_type = random.Random(seed), {}
+    for task in tasks:
+        by_type.setdefault(task.name, []).append(task)
+    drawn, types = [], []
+    while len(drawn) < n:
+        types = types or rng.sample(sorted(by_type), len(by_type))
+        pool = by_type[types.pop()]
+        drawn.append(rng.choice([t for t in pool if t not in drawn] or pool))
+    return drawn
+
+
+def learning_rate(step, cfg):
+    """Linear warm-up, then a cosine from lr to min_lr · lr."""
+    rise = cfg.warmup * cfg.steps
+    if step + 1 <= rise:
+        return cfg.lr * (step + 1) / rise
+    done = (step - rise) / max(cfg.steps - rise, 1)
+    return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + torch.tensor(torch.pi * done).cos().item()))
+
+
+def kl_loss(logp, reference_logp, weights):
+    """KL(π_θ ‖ π_start), the k3 estimator per token: e^d - d - 1 with d = log π_start - log π_θ; never negative. -> scalar"""
+    d = reference_logp - logp
+    return ((d.exp() - d - 1) * weights).sum()
+
+
+def update(policy, start_model, optimizer, episodes, advantages, reference, beta_k, cfg, progress):
+    """One pass over the step's episodes in cfg.minibatches optimizer updates. -> the log of the losses, summed over the batch.
+
+    Weights are made once for the whole batch. A mini-batch takes its share of them times the number of mini-batches: an
+    unbiased estimate of the batch's gradient, the same for every micro-batch size.
+    """
+    rows = [(turn, index) for index, e in enumerate(episodes) for turn in e.turns]
+    width = max(len(turn.written) for turn, _ in rows)
+    mask = torch.tensor([[1] * len(t.written) + [0] * (width - len(t.written)) for t, _ in rows])
+    weights = token_weights(mask, torch.tensor([index for _, index in rows]), cfg.average).to(policy.model.device)   # (N, L)
+    order = torch.randperm(len(episodes)).tolist()
+    logged, norms = {}, []
+    for part in range(cfg.minibatches):
+        chosen = set(order[part::cfg.minibatches])
+        mine = sorted((i for i, (_, index) in enumerate(rows) if index in chosen), key=lambda i: len(rows[i][0].prompt))
+        for m in range(0, len(mine), cfg.micro_batch):
+            micro = mine[m:m + cfg.micro_batch]
+            turns = [rows[i][0] for i in micro]
+            logp, entropy, mask = score(policy.model, turns, cfg.temperature)                          # (n, l)
+            old_logp = torch.tensor([t.logp + [0.0] * (mask.shape[1] - len(t.logp)) for t in turns], device=logp.device)
+            w = weights[micro, :mask.shape[1]] * cfg.minibatches
+            a = advantages[[rows[i][1] for i in micro]].to(logp.device)                                # (n,)
+            loss, log = epo_loss(logp, old_logp, entropy, a, w, reference, beta_k, cfg.entropy_coef,
+                                 cfg.kappa_l, cfg.kappa_r, cfg.alpha, cfg.smoothing, cfg.clip)
+            if start_model is not None:
+                with torch.no_grad():
+                    start_logp, _, _ = score(start_model, turns, cfg.temperature)
+                kl = kl_loss(logp, start_logp, w)
+                loss = loss + cfg.kl_coef * kl
+                log["kl"], log["loss"] = kl.item(), loss.item()
+            loss.backward()
+            for name, value in log.items():
+                logged[name] = logged.get(name, 0.0) + value / cfg.minibatches
+            progress.update(len(micro))
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.grad_clip).item()
+        if not all(value == value and abs(value) != float("inf") for value in (norm, logged["loss"])):
+            raise SetupError(f"the loss or its gradient is not finite (loss {logged['loss']}, gradient norm {norm}); "
+                             "the last checkpoint is untouched: lower --lr or --entropy-coef")
+        norms.append(norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {**logged, "grad_norm": sum(norms) / len(norms)}
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def evaluate(world, policy, tasks, cfg, limit, step, progress):
+    """Success on the fixed evaluation tasks of both splits -> log entries and transcripts (2 per split)."""
+    row, texts, start = {}, [], time.perf_counter()
+    for split in ("iid", "ood"):
+        generator = torch.Generator(policy.model.device).manual_seed(cfg.seed * 1_000_003 + step)
+        episodes, lost, _ = collect(world, policy, tasks[split], cfg.turns, cfg.eval_temperature, limit, generator, progress)
+        row[f"{split}_success"] = mean(e.success for e in episodes)
+        row[f"{split}_by_task"] = {name: mean(e.success for e in episodes if e.task.name == name)
+                                   for name in sorted({e.task.name for e in episodes})}
+        row[f"{split}_lost"] = lost
+        texts += [f"[{split}] {transcript(e)}" for e in episodes[:2]]
+    return {**row, "seconds_eval": time.perf_counter() - start}, "\n".join(texts)
+
+
+def write(path, save):
+    """Write a file whole or not at all: a kill or a full disk leaves the old one. save(file) does the writing."""
+    try:
+        with open(path + ".new", "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".new", path)
+    except OSError as error:
+        raise SetupError(f"could not write {path} ({error.strerror}); the file there before is untouched") from error
+
+
+def load_checkpoint(cfg, device):
+    path = os.path.join(cfg.out, "checkpoint.pt")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                         # torch.load raises many kinds for a damaged file
+        raise SetupError(f"--resume: {path} can't be read ({str(error).splitlines()[0][:100]}); start again with another --out") from error
+
+
+def train(cfg):
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    saved = load_checkpoint(cfg, device) if cfg.resume else None
+    policy = load_policy(cfg.model, cfg.env, device)
+    limit = cfg.max_tokens or (24 if policy.compact else 512)
+    start_model = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef else None
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    history, first = EntropyHistory(), 0
+    path = lambda name: os.path.join(cfg.out, name)
+
+    with make_world(cfg, policy) as world:
+        train_tasks = world.tasks("train")
+        eval_tasks = {split: draw(world.tasks(split), cfg.eval_episodes, 0) for split in ("iid", "ood")}   # the same for every seed
+        step_tasks = lambda step: [t for t in draw(train_tasks, cfg.tasks_per_step, f"{cfg.seed} {step}") for _ in range(cfg.group_size)]
+        if saved:
+            policy.model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            history.load_state_dict(saved["history"])
+            first = saved["step"]
+            rows = [line for line in open(path("log.jsonl"), "rb") if line.endswith(b"\n") and json.loads(line)["step"] < first]
+            write(path("log.jsonl"), lambda file: file.writelines(rows))         # rows of steps that the checkpoint doesn't hold
+        else:
+            os.makedirs(path("transcripts"))
+            write(path("config.json"), lambda file: file.write(json.dumps({**asdict(cfg), "resume": False}, indent=1).encode()))
+            write(path("tasks.json"), lambda file: file.write(json.dumps(eval_tasks).encode()))
+        log = open(path("log.jsonl"), "a")
+        print(f"{cfg.env}, {len(train_tasks)} train tasks of {len({t.name for t in train_tasks})} types; {cfg.model} "
+              f"({policy.model.num_parameters() / 1e6:.1f} M parameters) on {device}; writing to {cfg.out}", flush=True)
+
+        for step in range(first, cfg.steps + 1):       # the row after the last step only evaluates
+            clock, row = time.perf_counter(), {"step": step}
+            last = step == cfg.steps
+            if last or step % cfg.eval_every == 0:
+                with bar(f"step {step} evaluate", 2 * cfg.eval_episodes) as progress:
+                    values, texts = evaluate(world, policy, eval_tasks, cfg, limit, step, progress)
+                row.update(values)
+                write(path(f"transcripts/step-{step:04d}.txt"), lambda file: file.write(texts.encode()))
+            if not last:
+                # collect with π_old
+                torch.manual_seed(cfg.seed * 1_000_003 + step)
+                generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
+                tasks = step_tasks(step)
+                with bar(f"step {step} collect", len(tasks)) as progress:
+                    episodes, lost, seconds = collect(world, policy, tasks, cfg.turns, cfg.temperature, limit, generator, progress)
+                if not episodes:
+                    raise SetupError("every episode of this step was lost with its simulator; is memory short?")
+                if (step + 1) % cfg.eval_every and step + 1 < cfg.steps:
+                    world.prefetch(step_tasks(step + 1))
+
+                # advantages: one number for all turns of an episode
+                turns = [t for e in episodes for t in e.turns]
+                invalid = [sum(t.invalid for t in e.turns) for e in episodes]
+                returns = torch.tensor([float(e.success) - cfg.invalid_penalty * n for e, n in zip(episodes, invalid)])
+                groups = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
+                advantages = group_advantages(returns, torch.tensor([groups[e.task] for e in episodes]))
+
+                # update, with the history of the steps before (Algorithm 1)
+                middle, reference, beta_k = time.perf_counter(), history.mean, beta(step, cfg.steps, cfg.gamma)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, cfg)
+                with bar(f"step {step} update", len(turns)) as progress:
+                    losses = update(policy, start_model, optimizer, episodes, advantages, reference, beta_k, cfg, progress)
+                seconds["train"] = time.perf_counter() - middle
+
+                # H̄_k: the entropy of the batch just collected, under the policy that wrote it
+                by_turn = [[mean(e.turns[t].entropy) for e in episodes if len(e.turns) > t] for t in range(cfg.turns)]
+                entropy = mean(mean(mean(t.entropy) for t in e.turns) for e in episodes) if cfg.average == "episode" else \
+                    mean(h for t in turns for h in t.entropy)
+                history.append(entropy)
+                row.update(
+                    reward=returns.mean().item(), success=mean(e.success for e in episodes), score=mean(e.score for e in episodes),
+                    invalid=sum(invalid) / len(turns), entropy=entropy, entropy_by_turn=[mean(h) for h in by_turn if h], reference=reference,
+                    corridor_low=None if reference is None else cfg.kappa_l * reference,
+                    corridor_high=None if reference is None else cfg.kappa_r * reference,
+                    outside=losses["below"] + losses["above"], beta=beta_k, net_above_cap=1 - cfg.alpha * beta_k, **losses,
+                    lr=learning_rate(step, cfg), episodes=len(episodes), lost=lost, turns=len(turns),
+                    tokens=sum(len(t.written) for t in turns), prompt_tokens=sum(len(t.prompt) for t in turns),
+                    **{f"seconds_{name}": value for name, value in seconds.items()})
+            row["seconds"] = time.perf_counter() - clock
+            log.write(json.dumps(row) + "\n")          # the row first, then the checkpoint: --resume drops a row too many
+            log.flush()
+            os.fsync(log.fileno())
+            state = {"step": step + 1, "model": policy.model.state_dict(), "optimizer": optimizer.state_dict(), "history": history.state_dict()}
+            write(path("checkpoint.pt"), lambda file: torch.save(state, file))
+            print(report(row), flush=True)
+
+
+def bar(title, total):
+    """A progress bar within a step, for terminals only."""
+    return tqdm(desc=title, total=total, leave=False, disable=None)
+
+
+def report(row):
+    """The line printed after a step."""
+    text = f"step {row['step']:3d}"
+    if "success" in row:
+        text += (f" | success {row['success']:.2f} | entropy {row['entropy']:.3f}"
+                 + (f" in [{row['corridor_low']:.3f}, {row['corridor_high']:.3f}]" if row["reference"] else "")
+                 + f", {row['outside']:.0%} of tokens outside | kl {row.get('kl', 0):.4f} | invalid {row['invalid']:.0%}"
+                 + f" | {row['turns']} turns" + (f" | {row['lost']} episodes lost" if row["lost"] else ""))
+    if "iid_success" in row:
+        text += f" | evaluation: IID {row['iid_success']:.2f}, OOD {row['ood_success']:.2f}"
+    return text + f" | {row['seconds']:.0f} s"
+
+
+def main():
+    def stop(*_):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        train(parse(sys.argv[1:]))
+    except SetupError as error:
+        sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; go on with --resume (and the same --out): at most the step in progress is lost")
+
+
+if __name__ == "__main__":
+    main()
