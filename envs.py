@@ -93,9 +93,8 @@ SCIENCEWORLD_ACTIONS = (
     "pick up OBJ", "put down OBJ", "move OBJ to OBJ", "focus on OBJ", "read OBJ", "activate OBJ", "deactivate OBJ",
     "use OBJ on OBJ", "connect OBJ to OBJ", "disconnect OBJ", "pour OBJ into OBJ", "dunk OBJ into OBJ", "mix OBJ", "eat OBJ",
     "flush OBJ", "wait", "wait1")           # not "reset task": it would start the episode again
-_VALID = re.compile("|".join("(?:" + a.replace("go to", "go(?: to)?").replace(" into ", " (?:in|into) ")
-                             .replace("use OBJ on OBJ", "use OBJ(?: on OBJ)?").replace("OBJ", r"\S.*") + ")"
-                             for a in SCIENCEWORLD_ACTIONS))
+_VALID = re.compile("|".join(                # what is sent to the simulator: those forms, and synonyms that its own solutions use
+    a.replace("OBJ", r"\S.*") for a in (*SCIENCEWORLD_ACTIONS, "examine OBJ", "drop OBJ", "go OBJ", "use OBJ", "pour OBJ in OBJ", "dunk OBJ in OBJ")))
 _UNKNOWN = "No known action matches that input."
 _EASY_BUT_ELECTRICAL = "teleportAction,selfWateringFlowerPots,openContainers,openDoors"   # "easy" forbids wires
 NOT_AN_ACTION = "That was not a valid action: nothing happens."
@@ -249,7 +248,7 @@ class ScienceWorld(World):
     def _reset(self, slot, task):
         sim = self._jvm(slot).load(slot, task, self._simplifications(task))
         self.goals[slot] = sim.getTaskDescription().removeprefix("Your task is to ").strip()
-        self.last[slot] = self._observe(slot, sim, "")
+        self.last[slot] = self._observe(slot, sim, None)
         return self.last[slot]
 
     def _step(self, slot, action):
@@ -269,11 +268,12 @@ class ScienceWorld(World):
         return self.last[slot]
 
     def _observe(self, slot, sim, reply):
-        score = round(100 * sim.getScore())
-        return Observation(
-            self.goals[slot], reply.strip(), sim.freeActionLook(), sim.freeActionInventory(),
+        first, reply = reply is None, (reply or "").strip()
+        score = 0 if first else round(100 * sim.getScore())      # until its first step a simulator still tells the score of the
+        return Observation(                                      # episode before
+            self.goals[slot], reply, sim.freeActionLook(), sim.freeActionInventory(),
             tuple(self._jvm(slot).strings(sim.getPossibleObjects())) if self.objects else (), score,
-            done=score < 0 or score == 100 or sim.getCompleted(), success=score == 100, invalid=reply.startswith(_UNKNOWN))
+            done=not first and (score < 0 or score == 100 or sim.getCompleted()), success=score == 100, invalid=reply.startswith(_UNKNOWN))
 
     def prompt(self, past, now):
         did = " ; ".join(a or "?" for _, a in past[-3:])

@@ -3,8 +3,9 @@
     python warmstart.py --env scienceworld       # -> models/scienceworld
     python warmstart.py --env keyquest           # -> models/keyquest, seconds
 
-ScienceWorld: the simulator's own gold actions for *train* variations of a few short task types, cleaned (doors that are open
+ScienceWorld: the simulator's own gold actions for *train* variations of five short task types, cleaned (doors that are open
 are not opened again, an object is called what the prompt calls it) and kept only if the cleaned actions still solve the task.
+The policy is then trained by RL on two more types, which it has never seen solved: what it learns there, reward has taught it.
 KeyQuest: random walks among valid actions, so that the policy can write but has no idea what for.
 """
 import argparse
@@ -19,8 +20,9 @@ from envs import KeyQuest, ScienceWorld
 from epo import token_weights
 from rollout import HERE, Turn, score
 
-SCIENCEWORLD_TASKS = ("find-animal", "find-living-thing", "find-non-living-thing", "find-plant", "lifespan-longest-lived",
-                      "lifespan-shortest-lived", "lifespan-longest-lived-then-shortest-lived")
+DEMONSTRATED = ("find-animal", "find-non-living-thing", "find-plant", "lifespan-longest-lived",
+                "lifespan-longest-lived-then-shortest-lived")
+FOR_REWARD_ALONE = ("find-living-thing", "lifespan-shortest-lived")
 
 
 def plain_name(name, look):
@@ -88,11 +90,11 @@ def main():
     torch.manual_seed(args.seed)
     rng, start = random.Random(args.seed), time.time()
     big = args.env == "scienceworld"
-    with (ScienceWorld(SCIENCEWORLD_TASKS) if big else KeyQuest()) as world:
+    with (ScienceWorld(DEMONSTRATED) if big else KeyQuest()) as world:
         tasks = world.tasks("train")
         rng.shuffle(tasks)
         demos = [scienceworld_demo(world, t) if big else keyquest_demo(world, t, rng) for t in tasks[:args.demos]]
-        names = world.names
+        names = (*world.names, *FOR_REWARD_ALONE) if big else world.names
     kept = [pair for demo in demos if demo for pair in demo]
     print(f"{len(demos)} demonstrations, {demos.count(None)} dropped, {len(kept)} turns, {time.time() - start:.0f} s", flush=True)
 
@@ -109,11 +111,11 @@ def main():
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens, prompts of {sum(lengths) / len(lengths):.0f} tokens "
           f"on average, {max(lengths)} at most", flush=True)
 
-    batch = 32
+    batch, rate = (16, 1.5e-3) if big else (32, 2e-3)
     epochs = args.epochs or (8 if big else 2)
     steps = epochs * (len(turns) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     for epoch in range(epochs):
         rng.shuffle(turns)
         total = 0.0
