@@ -19,6 +19,7 @@ import random
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -96,7 +97,7 @@ SCIENCEWORLD_ACTIONS = (
 _VALID = re.compile("|".join(                # what is sent to the simulator: those forms, and synonyms that its own solutions use
     a.replace("OBJ", r"\S.*") for a in (*SCIENCEWORLD_ACTIONS, "examine OBJ", "drop OBJ", "go OBJ", "use OBJ", "pour OBJ in OBJ", "dunk OBJ in OBJ")))
 _UNKNOWN = "No known action matches that input."
-_EASY_BUT_ELECTRICAL = "teleportAction,selfWateringFlowerPots,openContainers,openDoors"   # "easy" forbids wires
+_EASY = ("teleportAction", "selfWateringFlowerPots", "openContainers", "openDoors", "noElectricalAction")     # all of them
 NOT_AN_ACTION = "That was not a valid action: nothing happens."
 
 
@@ -135,6 +136,7 @@ class Jvm:
         # die_on_exit: the JVM ends when our end of its stdin closes, also after kill -9. Own process group: Ctrl-C is for us.
         port, self.process = launch_gateway(
             classpath=JAR_PATH, die_on_exit=True, return_proc=True, java_path=self.java, create_new_process_group=True,
+            cwd=tempfile.gettempdir(),       # it leaves a file, object_type_ids.tsv, where it runs
             javaopts=[f"-Xmx{self.heap_mb}m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"])
         self.gateway = JavaGateway(gateway_parameters=GatewayParameters(
             auto_field=True, port=port, read_timeout=120, enable_memory_management=False))    # see strings()
@@ -195,6 +197,8 @@ class ScienceWorld(World):
         known = sorted(ID2TASK.values())
         if unknown := [n for n in names if n not in known]:
             raise SetupError(f"unknown ScienceWorld task {unknown[0]!r}; there are: {', '.join(known)}")
+        if unknown := [s for s in simplifications.split(",") if s not in ("", "easy", *_EASY)]:
+            raise SetupError(f"unknown simplification {unknown[0]!r}; there are: easy, none, {', '.join(_EASY)}")
         self.names, self.simplifications, self.objects = tuple(names) or tuple(known), simplifications, objects
         java = find_java()
         self.jvms = [Jvm(java, heap_mb) for _ in range(jvms or min(os.cpu_count() or 1, 4))]
@@ -211,8 +215,10 @@ class ScienceWorld(World):
             jvm.close()
 
     def _simplifications(self, task):
-        electrical = "power-component" in task.name or "conductivity" in task.name
-        return _EASY_BUT_ELECTRICAL if electrical and self.simplifications == "easy" else self.simplifications
+        if "power-component" in task.name or "conductivity" in task.name:               # these can't be solved without wires
+            chosen = _EASY if self.simplifications == "easy" else self.simplifications.split(",")
+            return ",".join(s for s in chosen if s != "noElectricalAction")
+        return self.simplifications
 
     def tasks(self, split):
         """Every (task type, variation) of "train", "iid" (the package's dev) or "ood" (its test)."""

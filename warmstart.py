@@ -3,12 +3,14 @@
     python warmstart.py --env scienceworld       # -> models/scienceworld
     python warmstart.py --env keyquest           # -> models/keyquest, seconds
 
-ScienceWorld: the simulator's own gold actions for *train* variations of five short task types, cleaned (doors that are open
+ScienceWorld: the simulator's own gold actions for *train* variations of seven short task types, cleaned (doors that are open
 are not opened again, an object is called what the prompt calls it) and kept only if the cleaned actions still solve the task.
-The policy is then trained by RL on two more types, which it has never seen solved: what it learns there, reward has taught it.
+Two of the types are shown six times only: the policy knows what their solutions look like, doing them reliably is left to RL.
+find-plant is shown, but not played: a model this small can't tell which flower pot holds which plant.
 KeyQuest: random walks among valid actions, so that the policy can write but has no idea what for.
 """
 import argparse
+import json
 import os
 import random
 import re
@@ -18,11 +20,11 @@ import torch
 
 from envs import KeyQuest, ScienceWorld
 from epo import token_weights
-from rollout import HERE, Turn, score
+from rollout import HERE, Turn, pad_left, score
 
-DEMONSTRATED = ("find-animal", "find-non-living-thing", "find-plant", "lifespan-longest-lived",
-                "lifespan-longest-lived-then-shortest-lived")
-FOR_REWARD_ALONE = ("find-living-thing", "lifespan-shortest-lived")
+DEMONSTRATIONS = {                           # task type -> how many (there are 62 to 150 train variations of each)
+    "find-animal": 150, "find-non-living-thing": 150, "find-plant": 150, "find-living-thing": 6,
+    "lifespan-longest-lived": 62, "lifespan-longest-lived-then-shortest-lived": 62, "lifespan-shortest-lived": 6}
 
 
 def plain_name(name, look):
@@ -83,18 +85,29 @@ def main():
     parser.add_argument("--env", choices=("scienceworld", "keyquest"), required=True)
     parser.add_argument("--out", help="folder to write (default: models/ENV)")
     parser.add_argument("--epochs", type=int, help="passes over the demonstrations")
-    parser.add_argument("--demos", type=int, help="use only this many demonstrations")
+    parser.add_argument("--demos", help="a JSON file that keeps the demonstrations, so that the next time needs no simulator")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(args.seed)
     rng, start = random.Random(args.seed), time.time()
     big = args.env == "scienceworld"
-    with (ScienceWorld(DEMONSTRATED) if big else KeyQuest()) as world:
-        tasks = world.tasks("train")
+    demos = json.load(open(args.demos)) if args.demos and os.path.exists(args.demos) else {}      # "type variation" -> demonstration
+    with (ScienceWorld(tuple(DEMONSTRATIONS)) if big else KeyQuest()) as world:
+        tasks, wanted = world.tasks("train"), []
         rng.shuffle(tasks)
-        demos = [scienceworld_demo(world, t) if big else keyquest_demo(world, t, rng) for t in tasks[:args.demos]]
-        names = (*world.names, *FOR_REWARD_ALONE) if big else world.names
+        for name in world.names:
+            wanted += [t for t in tasks if t.name == name][:DEMONSTRATIONS[name] if big else None]
+        for task in wanted:
+            key = f"{task.name} {task.variation}"
+            if key not in demos:
+                demos[key] = scienceworld_demo(world, task) if big else keyquest_demo(world, task, rng)
+        demos = {f"{t.name} {t.variation}": demos[f"{t.name} {t.variation}"] for t in wanted}
+        names = [name for name in world.names if name != "find-plant"]
+    if args.demos:
+        with open(args.demos, "w") as file:
+            json.dump(demos, file)
+    demos = list(demos.values())
     kept = [pair for demo in demos if demo for pair in demo]
     print(f"{len(demos)} demonstrations, {demos.count(None)} dropped, {len(kept)} turns, {time.time() - start:.0f} s", flush=True)
 
@@ -112,7 +125,7 @@ def main():
           f"on average, {max(lengths)} at most", flush=True)
 
     batch, rate = (16, 1.5e-3) if big else (32, 2e-3)
-    epochs = args.epochs or (8 if big else 2)
+    epochs = args.epochs or (4 if big else 2)
     steps = epochs * (len(turns) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
@@ -122,12 +135,16 @@ def main():
         for i in range(0, len(turns) - batch + 1, batch):
             logp, _, mask = score(model, turns[i:i + batch])
             loss = -(logp * token_weights(mask, torch.arange(batch))).sum()
+            prompts, attention = pad_left([t.prompt for t in turns[i:i + batch]], "cpu")
+            labels = prompts.masked_fill(attention == 0, -100)
+            reading = model(input_ids=prompts, attention_mask=attention, labels=labels).loss      # predicting what it reads teaches it to copy
+            total += loss.item()
+            loss = loss + 0.5 * reading
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            total += loss.item()
         print(f"epoch {epoch + 1}: loss {total / (len(turns) // batch):.3f} nats a token, {time.time() - start:.0f} s", flush=True)
     out = args.out or os.path.join(HERE, "models", args.env)
     model.save_pretrained(out)

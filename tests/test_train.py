@@ -190,6 +190,7 @@ def one_line(text):
 @pytest.mark.parametrize("arguments,says", [
     (["--env", "nowhere"], "nowhere"), (["--colour", "red"], "--colour"), (["--steps", "many"], "--steps"),
     (["--env", "scienceworld", "--tasks", "no-such-task"], "no-such-task"), (["--env", "keyquest", "--tasks", "no-such-task"], "no-such-task"),
+    (["--simplifications", "hard"], "hard"),
     (["--group-size", "1"], "--group-size"), (["--model", "missing/path"], "missing/path"), (["--minibatches", "3"], "doesn't divide"),
     (["--kappa-l", "3"], "kappa_l"), (["--alpha", "-1"], "alpha"), (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"),
     (["--steps", "0"], "--steps"), (["--resume"], "no run"), (["--smoothing", "soft"], "soft"), (["--device", "cuda"], "GPU")])
