@@ -68,8 +68,8 @@ def load_policy(name, env, device="cpu"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:                                       # transformers raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SetupError(f"model {name!r} can't be had ({reason[:150]}); give a local folder, a name on the hub, or --model tiny") from error
     compact = getattr(model.config, "prompt", "chat") == "compact"
     if not compact and tokenizer.chat_template is None:

@@ -38,13 +38,13 @@ class Config:
     turns: int = option(15, "turn limit of an episode (the paper: 30)")
     model: str = option("tiny", "tiny, a folder, or a causal LM on the hub")
     max_tokens: int = option(0, "most tokens the policy may write in a turn; 0: 24 for a tiny policy, 512 for others")
-    steps: int = option(40, "RL steps K")
+    steps: int = option(60, "RL steps K")
     tasks_per_step: int = option(8, "different tasks collected per step")
     group_size: int = option(8, "episodes of each task (the GRPO group)")
     temperature: float = option(1.0, "sampling temperature of training")
     minibatches: int = option(2, "optimizer updates per step; each takes an equal share of the episodes")
     micro_batch: int = option(64, "turns per forward pass; memory only, it can't change a gradient")
-    lr: float = option(2e-4, "learning rate at its peak")
+    lr: float = option(3e-4, "learning rate at its peak")
     warmup: float = option(0.1, "share of the steps in which the rate rises to lr")
     min_lr: float = option(0.2, "where the cosine ends, as a share of lr")
     weight_decay: float = option(0.01, "AdamW's")
@@ -165,17 +165,17 @@ def update(policy, start_model, optimizer, episodes, advantages, reference, beta
     width = max(len(turn.written) for turn, _ in rows)
     mask = torch.tensor([[1] * len(t.written) + [0] * (width - len(t.written)) for t, _ in rows])
     weights = token_weights(mask, torch.tensor([index for _, index in rows]), cfg.average).to(policy.model.device)   # (N, L)
-    order = torch.randperm(len(episodes)).tolist()
+    order, parts = torch.randperm(len(episodes)).tolist(), min(cfg.minibatches, len(episodes))
     logged, norms = {}, []
-    for part in range(cfg.minibatches):
-        chosen = set(order[part::cfg.minibatches])
+    for part in range(parts):
+        chosen = set(order[part::parts])
         mine = sorted((i for i, (_, index) in enumerate(rows) if index in chosen), key=lambda i: len(rows[i][0].prompt))
         for m in range(0, len(mine), cfg.micro_batch):
             micro = mine[m:m + cfg.micro_batch]
             turns = [rows[i][0] for i in micro]
             logp, entropy, mask = score(policy.model, turns, cfg.temperature)                          # (n, l)
             old_logp = torch.tensor([t.logp + [0.0] * (mask.shape[1] - len(t.logp)) for t in turns], device=logp.device)
-            w = weights[micro, :mask.shape[1]] * cfg.minibatches
+            w = weights[micro, :mask.shape[1]] * parts
             a = advantages[[rows[i][1] for i in micro]].to(logp.device)                                # (n,)
             loss, log = epo_loss(logp, old_logp, entropy, a, w, reference, beta_k, cfg.entropy_coef,
                                  cfg.kappa_l, cfg.kappa_r, cfg.alpha, cfg.smoothing, cfg.clip)
@@ -187,7 +187,7 @@ def update(policy, start_model, optimizer, episodes, advantages, reference, beta
                 log["kl"], log["loss"] = kl.item(), loss.item()
             loss.backward()
             for name, value in log.items():
-                logged[name] = logged.get(name, 0.0) + value / cfg.minibatches
+                logged[name] = logged.get(name, 0.0) + value / parts
             progress.update(len(micro))
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.grad_clip).item()
         if not all(value == value and abs(value) != float("inf") for value in (norm, logged["loss"])):
@@ -231,7 +231,10 @@ def write(path, save):
 
 
 def load_checkpoint(cfg, device):
+    """What the run saved last; None if it was stopped before its first step ended."""
     path = os.path.join(cfg.out, "checkpoint.pt")
+    if not os.path.exists(path):
+        return None
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                         # torch.load raises many kinds for a damaged file
@@ -257,8 +260,11 @@ def train(cfg):
             optimizer.load_state_dict(saved["optimizer"])
             history.load_state_dict(saved["history"])
             first = saved["step"]
-            rows = [line for line in open(path("log.jsonl"), "rb") if line.endswith(b"\n") and json.loads(line)["step"] < first]
-            write(path("log.jsonl"), lambda file: file.writelines(rows))         # rows of steps that the checkpoint doesn't hold
+        if cfg.resume:                                 # drop rows of steps that the checkpoint doesn't hold, and half a row
+            with open(path("log.jsonl"), "ab+") as log:
+                log.seek(0)
+                rows = [line for line in log if line.endswith(b"\n") and json.loads(line)["step"] < first]
+            write(path("log.jsonl"), lambda file: file.writelines(rows))
         else:
             os.makedirs(path("transcripts"))
             write(path("config.json"), lambda file: file.write(json.dumps({**asdict(cfg), "resume": False}, indent=1).encode()))
@@ -349,7 +355,7 @@ def main():
     signal.signal(signal.SIGTERM, stop)
     try:
         train(parse(sys.argv[1:]))
-    except SetupError as error:
+    except (SetupError, OSError) as error:             # an OSError here is a disk that can't be written
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; go on with --resume (and the same --out): at most the step in progress is lost")

@@ -6,7 +6,8 @@
 ScienceWorld: the simulator's own gold actions for *train* variations of seven short task types, cleaned (doors that are open
 are not opened again, an object is called what the prompt calls it) and kept only if the cleaned actions still solve the task.
 Two of the types are shown six times only: the policy knows what their solutions look like, doing them reliably is left to RL.
-find-plant is shown, but not played: a model this small can't tell which flower pot holds which plant.
+Some are shown but not played by default (PLAYED): the policy is good at them already, or too small for them (find-plant: it can't
+tell which flower pot holds which plant).
 KeyQuest: random walks among valid actions, so that the policy can write but has no idea what for.
 """
 import argparse
@@ -25,6 +26,7 @@ from rollout import HERE, Turn, pad_left, score
 DEMONSTRATIONS = {                           # task type -> how many (there are 62 to 150 train variations of each)
     "find-animal": 150, "find-non-living-thing": 150, "find-plant": 150, "find-living-thing": 6,
     "lifespan-longest-lived": 62, "lifespan-longest-lived-then-shortest-lived": 62, "lifespan-shortest-lived": 6}
+PLAYED = ("find-living-thing", "lifespan-longest-lived", "lifespan-longest-lived-then-shortest-lived", "lifespan-shortest-lived")
 
 
 def plain_name(name, look):
@@ -103,7 +105,7 @@ def main():
             if key not in demos:
                 demos[key] = scienceworld_demo(world, task) if big else keyquest_demo(world, task, rng)
         demos = {f"{t.name} {t.variation}": demos[f"{t.name} {t.variation}"] for t in wanted}
-        names = [name for name in world.names if name != "find-plant"]
+        names = PLAYED if big else world.names
     if args.demos:
         with open(args.demos, "w") as file:
             json.dump(demos, file)

@@ -156,6 +156,15 @@ def test_a_killed_run_resumes_to_the_same_log(finished, tmp_path):
     assert rows(out) == rows(whole)
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, tmp_path):
+    out = str(tmp_path / "early")
+    shutil.copytree(finished[0], out)
+    os.remove(os.path.join(out, "checkpoint.pt"))
+    result = run(["--out", out, "--resume"])
+    assert result.returncode == 0, result.stderr
+    assert rows(out) == rows(finished[0])
+
+
 def test_resume_refuses_a_changed_flag_and_a_damaged_checkpoint(finished, tmp_path):
     out = str(tmp_path / "damaged")
     shutil.copytree(finished[0], out)
