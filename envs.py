@@ -1,4 +1,5 @@
-"""The text worlds an agent plays in: ScienceWorld (a Java simulator) and KeyQuest (pure Python: tests, and how to add yours).
+"""The text worlds an agent plays in: ScienceWorld (a Java simulator), ALFWorld (text games of household tasks) and KeyQuest
+(pure Python: tests, and how to add yours).
 
 A world plays many episodes side by side, one per slot, and is all that rollout.py and train.py know of an environment:
 
@@ -13,6 +14,7 @@ A world plays many episodes side by side, one per slot, and is all that rollout.
 
 Reward is sparse: an Observation says `success`, `score` is for the reader of a log.
 """
+import importlib.util
 import logging
 import os
 import random
@@ -21,7 +23,7 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -32,7 +34,7 @@ class SetupError(Exception):
 class Task(NamedTuple):
     """What one episode plays; the members of a group share it."""
     name: str
-    variation: int
+    variation: int | str
 
 
 @dataclass
@@ -54,6 +56,7 @@ class World:
     name = ""
     turns = 30                 # the default turn limit; it counts the agent's turns
     chat_rules = ""            # the static head of the chat prompt
+    chat_objects = "You can refer to"
 
     def prefetch(self, tasks):
         pass
@@ -73,7 +76,7 @@ class World:
                         for o, a in past[-2:])
         return (f"{self.chat_rules}\n\nTask: {now.goal}\nTurns taken so far: {len(past)}{turns}\n\nObservation now: {now.reply.strip()}"
                 f"\n{now.look.strip()}\n{now.inventory.strip()}"
-                + (f"\nYou can refer to: {', '.join(now.objects)}" if now.objects else "")
+                + (f"\n{self.chat_objects}: {', '.join(now.objects)}" if now.objects else "")
                 + "\n\nFirst reason about the next step in <think>…</think>, then write exactly one action in <action>…</action>.")
 
 
@@ -299,6 +302,219 @@ def _shorten(text):
     if not items:
         return "" if text.startswith("In your inventory") else _NOISE.sub("", text).strip()
     return (f"{place[1]} : " if place else "") + ", ".join(items).replace("door to", "to")
+
+
+# -------------------------------------------------------------------------------------------------------- ALFWorld
+ALFWORLD_TASKS = ("look_at_obj_in_light", "pick_and_place_simple", "pick_clean_then_place_in_recep",
+                  "pick_cool_then_place_in_recep", "pick_heat_then_place_in_recep", "pick_two_obj_and_place")
+
+
+def find_alfworld():
+    """The folder that holds ALFWorld's train, valid_seen and valid_unseen, or None if nothing was downloaded."""
+    data = os.environ.get("ALFWORLD_DATA")
+    folder = os.path.join(data or os.path.expanduser("~/.cache/alfworld"), "json_2.1.1")
+    if os.path.isdir(folder):
+        return folder
+    if data:
+        raise SetupError(f"ALFWORLD_DATA is {data!r}, but there is no folder json_2.1.1 in it; fetch the games with "
+                         "`alfworld-download`, or unset ALFWORLD_DATA")
+
+
+class ALFWorld(World):
+    """The text games of ALFWorld: six task types in 120 rooms; train / valid_seen / valid_unseen as train / iid / ood.
+
+    Success is the game's own `won`. A game is read when it is played; a Task's variation is its folder. games: "real",
+    "generated" (alfworld_generate.py: the same rules and six task types, other rooms, nothing to download; a variation is a
+    split and a number), or "auto": the real ones if they were downloaded. A world never mixes them.
+    An action must be one of the game's admissible commands, which `objects` lists; any other text isn't sent, and costs a turn.
+    Raises SetupError: games missing, a file that can't be played, unknown task.
+    """
+    name = "alfworld"
+    turns = 50
+    splits = {"train": "train", "iid": "valid_seen", "ood": "valid_unseen"}
+    chat_rules = (
+        "You are an agent in a household. You reach things by going to the receptacle (a shelf, a drawer, a fridge ...) that "
+        "they are in or on; you may have to open it first. You can carry one object. You act by writing one of the admissible "
+        "actions a turn.")
+    chat_objects = "Admissible actions"
+
+    def __init__(self, names=(), games="auto", workers=None):
+        if unknown := [n for n in names if n not in ALFWORLD_TASKS]:
+            raise SetupError(f"unknown ALFWorld task {unknown[0]!r}; there are: {', '.join(ALFWORLD_TASKS)}")
+        if importlib.util.find_spec("alfworld") is None:
+            raise SetupError("ALFWorld is not installed: `pip install -r requirements.txt`")
+        self.names = tuple(names) or ALFWORLD_TASKS
+        self.folder = None if games == "generated" else find_alfworld()
+        if games == "real" and self.folder is None:
+            raise SetupError("no ALFWorld games found in ~/.cache/alfworld; fetch them with `alfworld-download`, set "
+                             "ALFWORLD_DATA to where they are, or use --games generated")
+        self.games = "generated" if self.folder is None else "real"
+        if games == "auto" and self.games == "generated":
+            print("no ALFWorld games found (`alfworld-download` fetches them): playing *generated* games, not the benchmark",
+                  flush=True)
+        from alfworld_engine import Worker
+        self.workers = [Worker() for _ in range(workers or min(os.cpu_count() or 1, 4))]
+        self.homes, self.owners = {}, {}             # slot -> (worker, number of its environment there); task -> worker
+        self.last, self.pending = {}, None
+
+    def close(self):
+        for worker in self.workers:
+            worker.close()
+
+    def tasks(self, split):
+        """Every game of a split, by a walk over folders alone."""
+        if self.games == "generated":
+            from alfworld_generate import SIZES
+            return [Task(name, f"{split}/{i}") for name in self.names for i in range(SIZES[split])]
+        split = self.splits[split]
+        path = os.path.join(self.folder, split)
+        try:
+            folders = sorted(f for f in os.listdir(path) if f.split("-")[0] in self.names and "Sliced" not in f)
+        except OSError as error:
+            raise SetupError(f"no ALFWorld games in {path} ({error.strerror}); fetch them with `alfworld-download`") from error
+        tasks = [Task(folder.split("-")[0], f"{split}/{folder}/{trial}") for folder in folders
+                 for trial in sorted(os.listdir(os.path.join(path, folder)))
+                 if os.path.exists(os.path.join(path, folder, trial, "game.tw-pddl"))]
+        if missing := set(self.names) - {task.name for task in tasks}:
+            raise SetupError(f"{path} has no game of type {min(missing)}; fetch the games with `alfworld-download`")
+        return tasks
+
+    def gold(self, task):
+        """The game's walkthrough, None if it has none. It searches as an agent must: it doesn't know where things are."""
+        worker = self.owners.get(task, 0)            # the one that has read it, if it has been played
+        answers = self._ask({worker: [("walkthrough", None, self._game(task))]})[worker]
+        return answers[0] if answers and isinstance(answers[0], list) else None
+
+    def prefetch(self, tasks):
+        self._loaded()                               # drop what was prefetched for other tasks
+        # the members of a group share a worker: what it has read once serves them all
+        self.owners = {task: i % len(self.workers) for i, task in enumerate(dict.fromkeys(tasks))}
+        batches = {}
+        for slot, task in enumerate(tasks):
+            worker = self.owners[task]
+            batch = batches.setdefault(worker, [])
+            self.homes[slot] = (worker, len(batch))
+            batch.append(("load", len(batch), self._game(task)))
+        for worker, batch in batches.items():
+            self.workers[worker].ask(batch)
+        self.pending = (list(tasks), batches)
+
+    def reset(self, tasks):
+        if self.pending is None or self.pending[0] != list(tasks):
+            self.prefetch(tasks)
+        answers, self.last = self._loaded(), {}
+        for slot, task in enumerate(tasks):
+            worker, number = self.homes[slot]
+            self.last[slot] = self._start(task, answers[worker][number])
+        return [self.last[slot] for slot in range(len(tasks))]
+
+    def step(self, actions):
+        seen, batches = {}, {}
+        for slot, action in actions.items():
+            before = self.last[slot]
+            if action is None or action not in before.objects:
+                seen[slot] = replace(before, reply=NOT_AN_ACTION, invalid=True)
+            else:
+                worker, number = self.homes[slot]
+                batches.setdefault(worker, {})[slot] = ("step", number, action)
+        answers = self._ask({worker: list(batch.values()) for worker, batch in batches.items()})
+        for worker, batch in batches.items():
+            for slot, answer in zip(batch, answers[worker] or [None] * len(batch)):      # None: the worker died
+                seen[slot] = self._next(self.last[slot], answer) if isinstance(answer, tuple) else None
+        self.last.update(seen)
+        return seen
+
+    def _ask(self, batches):
+        for worker, batch in batches.items():
+            self.workers[worker].ask(batch)
+        return {worker: self.workers[worker].answers() for worker in batches}
+
+    def _loaded(self):
+        """The answers to a prefetch, by worker."""
+        if self.pending is None:
+            return {}
+        (_, batches), self.pending = self.pending, None
+        answers = {worker: self.workers[worker].answers() for worker in batches}
+        for worker in batches:
+            for _ in range(2):                       # it died, perhaps long ago: again in its successor
+                if answers[worker] is None:
+                    answers.update(self._ask({worker: batches[worker]}))
+            if answers[worker] is None:
+                raise SetupError("a process that plays ALFWorld dies while it loads games: is memory short?")
+        return answers
+
+    def _game(self, task):
+        """What a worker calls the game: a file, or what to generate it from."""
+        if self.games == "real":
+            return os.path.join(self.folder, task.variation, "game.tw-pddl")
+        split, index = task.variation.split("/")
+        return split, task.name, int(index)
+
+    def _start(self, task, answer):
+        if isinstance(answer, str):
+            raise SetupError(f"ALFWorld's game {self._game(task)} can't be played ({answer}); if it's a damaged file, "
+                             "fetch the games again with `alfworld-download --force`")
+        if answer is None:                           # the benchmark's own mark: it can't be solved
+            return None
+        intro, commands, _ = answer
+        room, goal = re.search(r"you see (.*)\.\n\nYour task is to: (.*?)\.?\s*$", intro, re.DOTALL).groups()
+        return Observation(goal, "You are in the middle of a room.", f"In the room are {room}.", "You are not carrying anything.",
+                           commands)
+
+    def _next(self, before, answer):
+        reply, commands, won = answer
+        inventory = before.inventory                 # asking costs a turn; this is what the agent can remember
+        if took := re.match("You pick up the (.*) from", reply):
+            inventory = f"You are carrying: a {took[1]}."
+        elif reply.startswith("You move the "):
+            inventory = "You are not carrying anything."
+        return Observation(before.goal, reply, before.look, inventory, commands, 100 * won, done=won, success=won)
+
+    def chat(self, past, now):
+        """`help` is admissible, but of no use."""
+        return super().chat(past, replace(now, objects=tuple(c for c in now.objects if c != "help")))
+
+    def prompt(self, past, now):
+        """The game tells a thing once, so this keeps the room, where the agent was, and what it saw that the goal names."""
+        seen, state, here = {}, "", ""               # seen: receptacle -> what was in it when last seen
+        replies = [o.reply for o, _ in past[1:]] + [now.reply] if past else []
+        for reply in replies:
+            if arrived := re.match(r"You arrive at (.*?)\. ", reply):
+                here = arrived[1]
+                seen.setdefault(here, [])
+            if sight := re.search(r"(?:On the (\S+ \d+)|The (\S+ \d+) is open\. In it), you see (.*)", reply):
+                seen[sight[1] or sight[2]] = _THING.findall(sight[3])
+            if moved := re.match(r"You (?:pick up|move) the (.*) (from|to) the (.*)\.", reply):
+                thing, way, place = moved.groups()
+                seen[place] = [x for x in seen.get(place, []) if x != thing] + [thing] * (way == "to")
+                state = ""
+            elif did := re.match("You (clean|heat|cool) ", reply):
+                state = did[1] + "ed "
+        room, words = _THING.findall(now.look), now.goal.split()
+        useful = [f"{thing} in {place}" for place, things in seen.items() for thing in things if thing.split()[0] in words]
+        held = "nothing" if now.inventory.startswith("You are not") else state + now.inventory[len("You are carrying: a "):-1]
+        said = re.sub(r"You (?:arrive at|open the) .*?\. |\b(?:an?|the|and|you see) ", "", now.reply) if past else ""
+        return (f"task {now.goal}\nleft {_ranges(r for r in room if r not in seen)}\nbeen {_ranges(seen)}\n"
+                f"seen {', '.join(useful[-4:])}\nat {here} have {held}\n"
+                f"did {' ; '.join(a or '?' for _, a in past[-2:])}\nsaid {said[:80]}\n>")
+
+
+_THING = re.compile(r"\ba (\S+ \d+)")
+
+
+def _ranges(names):
+    """["drawer 1", "drawer 2", "desk 1"] -> "drawer 1-2, desk 1"."""
+    numbers = {}
+    for name in names:
+        kind, number = name.split()
+        numbers.setdefault(kind, []).append(int(number))
+    texts = []
+    for kind, those in numbers.items():
+        those = sorted(those)
+        starts = [n for n in those if n - 1 not in those]
+        ends = [n for n in those if n + 1 not in those]
+        texts.append(kind + " " + " ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends)))
+    return ", ".join(texts)
 
 
 # -------------------------------------------------------------------------------------------------------- KeyQuest

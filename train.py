@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 from tqdm import tqdm
 
-from envs import KeyQuest, ScienceWorld, SetupError
+from envs import ALFWorld, KeyQuest, ScienceWorld, SetupError
 from epo import EntropyHistory, beta, epo_loss, group_advantages, smoothing_loss, token_weights
 from rollout import collect, load_policy, score, transcript
 
@@ -32,10 +32,12 @@ def option(default, help, **more):
 
 @dataclass
 class Config:
-    env: str = option("scienceworld", "the world", choices=("scienceworld", "keyquest"))
+    env: str = option("scienceworld", "the world", choices=("scienceworld", "alfworld", "keyquest"))
     tasks: str = option("", "task types, comma-separated; default: those the tiny policy was warm-started on, else all")
     simplifications: str = option("easy", "ScienceWorld's simplifications: easy, none, or its names, comma-separated")
-    turns: int = option(15, "turn limit of an episode (the paper: 30)")
+    games: str = option("auto", "ALFWorld's: the downloaded ones, ones generated from a seed; auto: generated if none are here",
+                        choices=("auto", "real", "generated"))
+    turns: int = option(0, "turn limit of an episode; 0: 50 for ALFWorld, 15 for others (the paper: 50, and 30 for ScienceWorld)")
     model: str = option("tiny", "tiny, a folder, or a causal LM on the hub")
     max_tokens: int = option(0, "most tokens the policy may write in a turn; 0: 24 for a tiny policy, 512 for others")
     steps: int = option(60, "RL steps K")
@@ -82,6 +84,7 @@ def parse(arguments):
         parser.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"), **more)
     given = vars(parser.parse_args(arguments))
     cfg = Config(**given)
+    cfg.turns = cfg.turns or (ALFWorld.turns if cfg.env == "alfworld" else 15)
     cfg.out = cfg.out or os.path.join("runs", cfg.env)
     if cfg.resume:
         try:
@@ -124,6 +127,10 @@ def make_world(cfg, policy):
     names = tuple(filter(None, cfg.tasks.split(","))) or policy.tasks
     if cfg.env == "keyquest":
         return KeyQuest(names)
+    if cfg.env == "alfworld":
+        world = ALFWorld(names, cfg.games)
+        cfg.games = world.games                        # config.json and a resumed run have what was found, not "auto"
+        return world
     return ScienceWorld(names, "" if cfg.simplifications == "none" else cfg.simplifications, objects=not policy.compact)
 
 
@@ -270,7 +277,8 @@ def train(cfg):
             write(path("config.json"), lambda file: file.write(json.dumps({**asdict(cfg), "resume": False}, indent=1).encode()))
             write(path("tasks.json"), lambda file: file.write(json.dumps(eval_tasks).encode()))
         log = open(path("log.jsonl"), "a")
-        print(f"{cfg.env}, {len(train_tasks)} train tasks of {len({t.name for t in train_tasks})} types; {cfg.model} "
+        print(f"{cfg.env + f' ({cfg.games} games)' * (cfg.env == 'alfworld')}, {len(train_tasks)} train tasks of "
+              f"{len({t.name for t in train_tasks})} types; {cfg.model} "
               f"({policy.model.num_parameters() / 1e6:.1f} M parameters) on {device}; writing to {cfg.out}", flush=True)
 
         for step in range(first, cfg.steps + 1):       # the row after the last step only evaluates

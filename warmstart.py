@@ -1,6 +1,7 @@
 """Make a tiny policy that can play from the start: a tokenizer and a small Llama, cloned from demonstrations.
 
     python warmstart.py --env scienceworld       # -> models/scienceworld
+    python warmstart.py --env alfworld           # -> models/alfworld
     python warmstart.py --env keyquest           # -> models/keyquest, seconds
 
 ScienceWorld: the simulator's own gold actions for *train* variations of seven short task types, cleaned (doors that are open
@@ -8,6 +9,8 @@ are not opened again, an object is called what the prompt calls it) and kept onl
 Two of the types are shown six times only: the policy knows what their solutions look like, doing them reliably is left to RL.
 Some are shown but not played by default (PLAYED): the policy is good at them already, or too small for them (find-plant: it can't
 tell which flower pot holds which plant).
+ALFWorld: the walkthroughs of *train* games, cleaned likewise: of generated games, and of the real ones where they are found. One
+policy then has the words of both.
 KeyQuest: random walks among valid actions, so that the policy can write but has no idea what for.
 """
 import argparse
@@ -19,7 +22,7 @@ import time
 
 import torch
 
-from envs import KeyQuest, ScienceWorld
+from envs import ALFWORLD_TASKS, ALFWorld, KeyQuest, ScienceWorld, find_alfworld
 from epo import token_weights
 from rollout import HERE, Turn, pad_left, score
 
@@ -57,6 +60,50 @@ def scienceworld_demo(world, task):
     return [(world.prompt(past[:i], o), a) for i, (o, a) in enumerate(past)] if now.success else None
 
 
+def useful_actions(walkthrough):
+    """A walkthrough less what can't help: looks, closing, and a second visit to a place where nothing is done then."""
+    visits, kept, been, opened, here = [], [], set(), set(), None
+    for action in walkthrough:
+        if action.startswith("go to "):
+            visits.append([action])
+        elif visits and action.split()[0] not in ("look", "inventory", "examine", "help", "close"):
+            visits[-1].append(action)
+    for go, *acts in visits:
+        acts = [a for a in acts if a not in opened]
+        if go in been and all(a.startswith("open ") for a in acts):
+            continue
+        kept += [go] * (go != here) + acts
+        been.add(go)
+        opened.update(a for a in acts if a.startswith("open "))
+        here = go
+    return kept
+
+
+def alfworld_demos(rng, known):
+    """{"type variation": solution as [(prompt, action)], or None if cleaning broke it}, of 100 games of each type if there are
+    so many. known: those that need not be made again."""
+    demos = {}
+    for games in ["generated"] + ["real"] * bool(find_alfworld()):
+        with ALFWorld(games=games) as world:
+            tasks = world.tasks("train")
+            rng.shuffle(tasks)
+            wanted = [t for name in world.names for t in [t for t in tasks if t.name == name][:100]]
+            new = [t for t in wanted if f"{t.name} {t.variation}" not in known]
+            for some in (new[i:i + 32] for i in range(0, len(new), 32)):
+                now = dict(enumerate(world.reset(some)))
+                plans, past = [useful_actions(world.gold(t) or []) for t in some], [[] for _ in some]
+                while actions := {slot: plan[len(past[slot])] for slot, plan in enumerate(plans) if len(past[slot]) < len(plan)
+                                  and now[slot] and not now[slot].done and not now[slot].invalid}:
+                    for slot, action in actions.items():
+                        past[slot].append((now[slot], action))
+                    now.update(world.step(actions))
+                for slot, t in enumerate(some):
+                    demo = [(world.prompt(past[slot][:i], o), action) for i, (o, action) in enumerate(past[slot])]
+                    known[f"{t.name} {t.variation}"] = demo if now[slot] and now[slot].success else None
+            demos.update({f"{t.name} {t.variation}": known[f"{t.name} {t.variation}"] for t in wanted})
+    return demos
+
+
 def keyquest_demo(world, task, rng):
     now, past = world.reset([task])[0], []
     for _ in range(20):
@@ -84,7 +131,7 @@ def make_tokenizer(texts, vocab):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--env", choices=("scienceworld", "keyquest"), required=True)
+    parser.add_argument("--env", choices=("scienceworld", "alfworld", "keyquest"), required=True)
     parser.add_argument("--out", help="folder to write (default: models/ENV)")
     parser.add_argument("--epochs", type=int, help="passes over the demonstrations")
     parser.add_argument("--demos", help="a JSON file that keeps the demonstrations, so that the next time needs no simulator")
@@ -93,19 +140,22 @@ def main():
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(args.seed)
     rng, start = random.Random(args.seed), time.time()
-    big = args.env == "scienceworld"
+    big = args.env != "keyquest"
     demos = json.load(open(args.demos)) if args.demos and os.path.exists(args.demos) else {}      # "type variation" -> demonstration
-    with (ScienceWorld(tuple(DEMONSTRATIONS)) if big else KeyQuest()) as world:
-        tasks, wanted = world.tasks("train"), []
-        rng.shuffle(tasks)
-        for name in world.names:
-            wanted += [t for t in tasks if t.name == name][:DEMONSTRATIONS[name] if big else None]
-        for task in wanted:
-            key = f"{task.name} {task.variation}"
-            if key not in demos:
-                demos[key] = scienceworld_demo(world, task) if big else keyquest_demo(world, task, rng)
-        demos = {f"{t.name} {t.variation}": demos[f"{t.name} {t.variation}"] for t in wanted}
-        names = PLAYED if big else world.names
+    if args.env == "alfworld":
+        demos, names = alfworld_demos(rng, demos), ALFWORLD_TASKS
+    else:
+        with (ScienceWorld(tuple(DEMONSTRATIONS)) if big else KeyQuest()) as world:
+            tasks, wanted = world.tasks("train"), []
+            rng.shuffle(tasks)
+            for name in world.names:
+                wanted += [t for t in tasks if t.name == name][:DEMONSTRATIONS[name] if big else None]
+            for task in wanted:
+                key = f"{task.name} {task.variation}"
+                if key not in demos:
+                    demos[key] = scienceworld_demo(world, task) if big else keyquest_demo(world, task, rng)
+            demos = {f"{t.name} {t.variation}": demos[f"{t.name} {t.variation}"] for t in wanted}
+            names = PLAYED if big else world.names
     if args.demos:
         with open(args.demos, "w") as file:
             json.dump(demos, file)
