@@ -45,7 +45,8 @@ class Policy:
     tokenizer: object
     end: list[int]
     compact: bool                   # True: World.prompt; False: World.chat through the tokenizer's chat template
-    tasks: tuple = ()               # the task types a tiny policy was warm-started on
+    tasks: tuple = ()               # a tiny policy's: the task types and the turn limit that it is made for
+    turns: int = 0
 
     def encode(self, world, past, now):
         if self.compact:
@@ -76,7 +77,8 @@ def load_policy(name, env, device="cpu"):
         raise SetupError(f"model {name!r} has no chat template; use an instruction-tuned model, or --model tiny")
     end = model.generation_config.eos_token_id                       # some models end a turn with one of several tokens
     end = end if isinstance(end, list) else [tokenizer.eos_token_id if end is None else end]
-    return Policy(model.to(device).eval(), tokenizer, end, compact, tuple(getattr(model.config, "tasks", ())))
+    return Policy(model.to(device).eval(), tokenizer, end, compact, tuple(getattr(model.config, "tasks", ())),
+                  getattr(model.config, "turns", 0))
 
 
 def pad_left(rows, device):

@@ -37,17 +37,17 @@ class Config:
     simplifications: str = option("easy", "ScienceWorld's simplifications: easy, none, or its names, comma-separated")
     games: str = option("auto", "ALFWorld's: the downloaded ones, ones generated from a seed; auto: generated if none are here",
                         choices=("auto", "real", "generated"))
-    turns: int = option(0, "turn limit of an episode; 0: 50 for ALFWorld, 15 for others (the paper: 50, and 30 for ScienceWorld)")
+    turns: int = option(0, "turn limit of an episode; 0: what the tiny policy is made for, else the world's: 30, ALFWorld 50 (as the paper)")
     model: str = option("tiny", "tiny, a folder, or a causal LM on the hub")
     max_tokens: int = option(0, "most tokens the policy may write in a turn; 0: 24 for a tiny policy, 512 for others")
-    steps: int = option(60, "RL steps K")
+    steps: int = option(40, "RL steps K")
     tasks_per_step: int = option(8, "different tasks collected per step")
     group_size: int = option(8, "episodes of each task (the GRPO group)")
     temperature: float = option(1.0, "sampling temperature of training")
     minibatches: int = option(2, "optimizer updates per step; each takes an equal share of the episodes")
     micro_batch: int = option(64, "turns per forward pass; memory only, it can't change a gradient")
     lr: float = option(3e-4, "learning rate at its peak")
-    warmup: float = option(0.1, "share of the steps in which the rate rises to lr")
+    warmup: float = option(0.05, "share of the steps in which the rate rises to lr (the paper: 0.1)")
     min_lr: float = option(0.2, "where the cosine ends, as a share of lr")
     weight_decay: float = option(0.01, "AdamW's")
     grad_clip: float = option(1.0, "largest gradient norm of an update")
@@ -62,7 +62,7 @@ class Config:
     kl_coef: float = option(0.01, "weight of the KL to the frozen starting policy")
     invalid_penalty: float = option(0.0, "taken from the return for each turn without a valid action (the published runs: 0.1, with a reward of 10)")
     eval_every: int = option(20, "steps between evaluations; before the first and after the last step there is always one")
-    eval_episodes: int = option(72, "episodes per evaluation on each of IID and OOD")
+    eval_episodes: int = option(36, "episodes per evaluation on each of IID and OOD")
     eval_temperature: float = option(0.4, "sampling temperature of evaluations")
     seed: int = option(0, "seed of every random choice")
     device: str = option("auto", "auto, cpu or cuda")
@@ -84,7 +84,6 @@ def parse(arguments):
         parser.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"), **more)
     given = vars(parser.parse_args(arguments))
     cfg = Config(**given)
-    cfg.turns = cfg.turns or (ALFWorld.turns if cfg.env == "alfworld" else 15)
     cfg.out = cfg.out or os.path.join("runs", cfg.env)
     if cfg.resume:
         try:
@@ -103,11 +102,11 @@ def parse(arguments):
 
 def check(cfg):
     """Refuse what can't work before anything starts. Raises SetupError."""
-    for name in ("turns", "steps", "tasks_per_step", "minibatches", "micro_batch", "eval_every", "eval_episodes", "lr", "temperature",
+    for name in ("steps", "tasks_per_step", "minibatches", "micro_batch", "eval_every", "eval_episodes", "lr", "temperature",
                  "eval_temperature", "grad_clip", "clip"):
         if not getattr(cfg, name) > 0:
             raise SetupError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
-    for name in ("entropy_coef", "kl_coef", "weight_decay", "invalid_penalty", "max_tokens", "warmup", "min_lr"):
+    for name in ("turns", "entropy_coef", "kl_coef", "weight_decay", "invalid_penalty", "max_tokens", "warmup", "min_lr"):
         if not getattr(cfg, name) >= 0:
             raise SetupError(f"--{name.replace('_', '-')} must not be negative, not {getattr(cfg, name)}")
     if cfg.group_size < 2:
@@ -259,6 +258,7 @@ def train(cfg):
     path = lambda name: os.path.join(cfg.out, name)
 
     with make_world(cfg, policy) as world:
+        cfg.turns = cfg.turns or policy.turns or world.turns
         train_tasks = world.tasks("train")
         eval_tasks = {split: draw(world.tasks(split), cfg.eval_episodes, 0) for split in ("iid", "ood")}   # the same for every seed
         step_tasks = lambda step: [t for t in draw(train_tasks, cfg.tasks_per_step, f"{cfg.seed} {step}") for _ in range(cfg.group_size)]

@@ -6,9 +6,9 @@
 
 ScienceWorld: the simulator's own gold actions for *train* variations of seven short task types, cleaned (doors that are open
 are not opened again, an object is called what the prompt calls it) and kept only if the cleaned actions still solve the task.
-Two of the types are shown six times only: the policy knows what their solutions look like, doing them reliably is left to RL.
-Some are shown but not played by default (PLAYED): the policy is good at them already, or too small for them (find-plant: it can't
-tell which flower pot holds which plant).
+Then the answers of the lifespan types, which are what it plays (PLAYED), are taken away again: it is cloned on the same
+demonstrations with any animal in sight in the place of the right one. It knows the way and the words; which animals live long is
+left to be learnt from reward.
 ALFWorld: the walkthroughs of *train* games, cleaned likewise: of generated games, and of the real ones where they are found. One
 policy then has the words of both.
 KeyQuest: random walks among valid actions, so that the policy can write but has no idea what for.
@@ -29,7 +29,7 @@ from rollout import HERE, Turn, pad_left, score
 DEMONSTRATIONS = {                           # task type -> how many (there are 62 to 150 train variations of each)
     "find-animal": 150, "find-non-living-thing": 150, "find-plant": 150, "find-living-thing": 6,
     "lifespan-longest-lived": 62, "lifespan-longest-lived-then-shortest-lived": 62, "lifespan-shortest-lived": 6}
-PLAYED = ("find-living-thing", "lifespan-longest-lived", "lifespan-longest-lived-then-shortest-lived", "lifespan-shortest-lived")
+PLAYED = ("lifespan-longest-lived", "lifespan-longest-lived-then-shortest-lived", "lifespan-shortest-lived")
 
 
 def plain_name(name, look):
@@ -58,6 +58,33 @@ def scienceworld_demo(world, task):
         if now.done or now.invalid:
             break
     return [(world.prompt(past[:i], o), a) for i, (o, a) in enumerate(past)] if now.success else None
+
+
+def scienceworld_demos(rng, known):
+    """-> the demonstrations, and those of the played types with guesses for answers (two of each). known: as in alfworld_demos."""
+    with ScienceWorld(tuple(DEMONSTRATIONS)) as world:
+        tasks = world.tasks("train")
+        rng.shuffle(tasks)
+        shown = [t for name, n in DEMONSTRATIONS.items() for t in [t for t in tasks if t.name == name][:n]]
+        played = [t for t in tasks if t.name in PLAYED]
+        for task in shown + played:
+            if f"{task.name} {task.variation}" not in known:
+                known[f"{task.name} {task.variation}"] = scienceworld_demo(world, task)
+    of = lambda tasks: [d for t in tasks if (d := known[f"{t.name} {t.variation}"])]
+    return of(shown), [guess(demo, rng) for demo in of(played) * 2]
+
+
+def guess(demo, rng):
+    """The demonstration with a random animal of those in sight at each `focus on`; it ends with the first wrong one."""
+    guessed = []
+    for prompt, action in demo:
+        guessed.append((prompt, action))
+        if action.startswith("focus on "):
+            sight = prompt.split("\nsee ")[1].split("\n")[0].split(" : ")[1].split(", ")
+            guessed[-1] = (prompt, "focus on " + rng.choice([x for x in sight if x.startswith("baby ") or x.endswith(" egg")]))
+            if guessed[-1][1] != action:
+                break
+    return guessed
 
 
 def useful_actions(walkthrough):
@@ -104,13 +131,17 @@ def alfworld_demos(rng, known):
     return demos
 
 
-def keyquest_demo(world, task, rng):
-    now, past = world.reset([task])[0], []
-    for _ in range(20):
-        action = rng.choice(["west", "east"] + ["take key"] * ("key" in now.look) + ["open chest"] * ("chest" in now.look))
-        past.append((now, action))
-        now = world.step({0: action})[0]
-    return [(world.prompt(past[:i], o), a) for i, (o, a) in enumerate(past)]
+def keyquest_demos(rng):
+    """Walks of 20 turns among valid actions."""
+    world, demos = KeyQuest(), []
+    for task in world.tasks("train"):
+        now, past = world.reset([task])[0], []
+        for _ in range(20):
+            action = rng.choice(["west", "east"] + ["take key"] * ("key" in now.look) + ["open chest"] * ("chest" in now.look))
+            past.append((now, action))
+            now = world.step({0: action})[0]
+        demos.append([(world.prompt(past[:i], o), a) for i, (o, a) in enumerate(past)])
+    return demos
 
 
 def make_tokenizer(texts, vocab):
@@ -129,75 +160,66 @@ def make_tokenizer(texts, vocab):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--env", choices=("scienceworld", "alfworld", "keyquest"), required=True)
-    parser.add_argument("--out", help="folder to write (default: models/ENV)")
-    parser.add_argument("--epochs", type=int, help="passes over the demonstrations")
-    parser.add_argument("--demos", help="a JSON file that keeps the demonstrations, so that the next time needs no simulator")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    from transformers import LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(args.seed)
-    rng, start = random.Random(args.seed), time.time()
-    big = args.env != "keyquest"
-    demos = json.load(open(args.demos)) if args.demos and os.path.exists(args.demos) else {}      # "type variation" -> demonstration
-    if args.env == "alfworld":
-        demos, names = alfworld_demos(rng, demos), ALFWORLD_TASKS
-    else:
-        with (ScienceWorld(tuple(DEMONSTRATIONS)) if big else KeyQuest()) as world:
-            tasks, wanted = world.tasks("train"), []
-            rng.shuffle(tasks)
-            for name in world.names:
-                wanted += [t for t in tasks if t.name == name][:DEMONSTRATIONS[name] if big else None]
-            for task in wanted:
-                key = f"{task.name} {task.variation}"
-                if key not in demos:
-                    demos[key] = scienceworld_demo(world, task) if big else keyquest_demo(world, task, rng)
-            demos = {f"{t.name} {t.variation}": demos[f"{t.name} {t.variation}"] for t in wanted}
-            names = PLAYED if big else world.names
-    if args.demos:
-        with open(args.demos, "w") as file:
-            json.dump(demos, file)
-    demos = list(demos.values())
-    kept = [pair for demo in demos if demo for pair in demo]
-    print(f"{len(demos)} demonstrations, {demos.count(None)} dropped, {len(kept)} turns, {time.time() - start:.0f} s", flush=True)
-
-    tokenizer = make_tokenizer((text for pair in kept for text in pair), 1024 if big else 0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128 if big else 32, num_hidden_layers=3 if big else 2, num_attention_heads=4,
-        intermediate_size=352 if big else 64, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-        prompt="compact", tasks=list(names))          # the last two are ours: rollout.load_policy reads them
-    model = LlamaForCausalLM(config)
-    turns = [Turn(0, tokenizer.encode(p, add_special_tokens=False),
-                  tokenizer.encode(a, add_special_tokens=False) + [tokenizer.eos_token_id], [], [], a, a, "") for p, a in kept]
-    lengths = [len(t.prompt) for t in turns]
-    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens, prompts of {sum(lengths) / len(lengths):.0f} tokens "
-          f"on average, {max(lengths)} at most", flush=True)
-
-    batch, rate = (16, 1.5e-3) if big else (32, 2e-3)
-    epochs = args.epochs or (4 if big else 2)
-    steps = epochs * (len(turns) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+def clone(model, tokenizer, demos, epochs, rate, batch, reading, rng):
+    """Behaviour cloning: raise the log-prob of the demonstrated actions. reading: weight of predicting the prompts as well, which
+    teaches a small model to copy names."""
+    end = [tokenizer.eos_token_id]
+    turns = [Turn(0, tokenizer.encode(p, add_special_tokens=False), tokenizer.encode(a, add_special_tokens=False) + end, [], [], a, a, "")
+             for demo in demos for p, a in demo]
+    optimizer, steps, start = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1), len(turns) // batch, time.time()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * steps, pct_start=0.1)
     for epoch in range(epochs):
         rng.shuffle(turns)
         total = 0.0
-        for i in range(0, len(turns) - batch + 1, batch):
+        for i in range(0, steps * batch, batch):
             logp, _, mask = score(model, turns[i:i + batch])
             loss = -(logp * token_weights(mask, torch.arange(batch))).sum()
-            prompts, attention = pad_left([t.prompt for t in turns[i:i + batch]], "cpu")
-            labels = prompts.masked_fill(attention == 0, -100)
-            reading = model(input_ids=prompts, attention_mask=attention, labels=labels).loss      # predicting what it reads teaches it to copy
             total += loss.item()
-            loss = loss + 0.5 * reading
+            if reading:
+                ids, attention = pad_left([t.prompt for t in turns[i:i + batch]], "cpu")
+                labels = ids.masked_fill(attention == 0, -100)
+                loss = loss + reading * model(input_ids=ids, attention_mask=attention, labels=labels).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        print(f"epoch {epoch + 1}: loss {total / (len(turns) // batch):.3f} nats a token, {time.time() - start:.0f} s", flush=True)
+        print(f"epoch {epoch + 1}: {len(turns)} turns, loss {total / steps:.3f} nats a token, {time.time() - start:.0f} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--env", choices=("scienceworld", "alfworld", "keyquest"), required=True)
+    parser.add_argument("--out", help="folder to write (default: models/ENV)")
+    parser.add_argument("--demos", help="a JSON file that keeps the demonstrations, so that the next time needs no simulator")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(args.seed)
+    rng, start, guesses = random.Random(args.seed), time.time(), []
+    known = json.load(open(args.demos)) if args.demos and os.path.exists(args.demos) else {}      # "type variation" -> demonstration
+    if args.env == "scienceworld":
+        (demos, guesses), names = scienceworld_demos(rng, known), PLAYED
+    elif args.env == "alfworld":
+        demos, names = [demo for demo in alfworld_demos(rng, known).values() if demo], ALFWORLD_TASKS
+    else:
+        demos, names = keyquest_demos(rng), tuple(KeyQuest.types)
+    if args.demos:
+        with open(args.demos, "w") as file:
+            json.dump(known, file)
+    print(f"{len(demos)} demonstrations, {time.time() - start:.0f} s", flush=True)
+
+    big = args.env != "keyquest"
+    tokenizer = make_tokenizer((text for demo in demos for pair in demo for text in pair), 1024 if big else 0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128 if big else 32, num_hidden_layers=3 if big else 2, num_attention_heads=4,
+        intermediate_size=352 if big else 64, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+        prompt="compact", tasks=list(names), turns=8 if guesses else 0))      # these three are ours: rollout.load_policy reads them
+    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
+    clone(model, tokenizer, demos, *((4, 1.5e-3, 16) if big else (2, 2e-3, 32)), reading=0.5, rng=rng)
+    if guesses:
+        clone(model, tokenizer, guesses, 4, 1e-3, 16, reading=0, rng=rng)
     out = args.out or os.path.join(HERE, "models", args.env)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
