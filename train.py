@@ -310,8 +310,9 @@ def train(cfg):
 
                 # update, with the history of the steps before (Algorithm 1)
                 middle, reference, beta_k = time.perf_counter(), history.mean, beta(step, cfg.steps, cfg.gamma)
+                lr = learning_rate(step, cfg)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, cfg)
+                    group["lr"] = lr
                 with bar(f"step {step} update", len(turns)) as progress:
                     losses = update(policy, start_model, optimizer, episodes, advantages, reference, beta_k, cfg, progress)
                 seconds["train"] = time.perf_counter() - middle
@@ -327,7 +328,7 @@ def train(cfg):
                     corridor_low=None if reference is None else cfg.kappa_l * reference,
                     corridor_high=None if reference is None else cfg.kappa_r * reference,
                     outside=losses["below"] + losses["above"], beta=beta_k, net_above_cap=1 - cfg.alpha * beta_k, **losses,
-                    lr=learning_rate(step, cfg), episodes=len(episodes), lost=lost, turns=len(turns),
+                    lr=lr, episodes=len(episodes), lost=lost, turns=len(turns),
                     tokens=sum(len(t.written) for t in turns), prompt_tokens=sum(len(t.prompt) for t in turns),
                     **{f"seconds_{name}": value for name, value in seconds.items()})
             row["seconds"] = time.perf_counter() - clock

@@ -26,7 +26,7 @@ from envs import ALFWORLD_TASKS, ALFWorld, KeyQuest, ScienceWorld, find_alfworld
 from epo import token_weights
 from rollout import HERE, Turn, pad_left, score
 
-DEMONSTRATIONS = {                           # task type -> how many (there are 62 to 150 train variations of each)
+DEMONSTRATIONS = {                           # task type -> how many, of 62 to 150 train variations; others than those played teach words
     "find-animal": 150, "find-non-living-thing": 150, "find-plant": 150, "find-living-thing": 6,
     "lifespan-longest-lived": 62, "lifespan-longest-lived-then-shortest-lived": 62, "lifespan-shortest-lived": 6}
 PLAYED = ("lifespan-longest-lived", "lifespan-longest-lived-then-shortest-lived", "lifespan-shortest-lived")

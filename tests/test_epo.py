@@ -15,8 +15,6 @@ import epo
 from epo import (EntropyHistory, beta, entropy_loss, epo_loss, group_advantages, policy_loss, smoothing_loss,
                  token_logp_and_entropy, token_weights)
 
-torch.set_num_threads(1)
-
 
 def rand(*shape, seed):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

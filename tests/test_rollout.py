@@ -8,14 +8,6 @@ from envs import KeyQuest, Observation, Task, parse_chat
 from rollout import Turn, collect, generate, load_policy, score
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def policy():
     return load_policy("tiny", "keyquest")

@@ -19,14 +19,6 @@ SMALL = ["--env", "keyquest", "--tasks", "short", "--steps", "4", "--turns", "8"
          "--minibatches", "2", "--eval-every", "2", "--eval-episodes", "6"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(arguments, **more):
     return subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *arguments], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, **more)
