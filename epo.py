@@ -7,7 +7,7 @@ Only tokens that the policy wrote count, the end-of-turn token among them; a pad
 finite). Everything per token is (N, L), and every loss is `(x * weights).sum()` with weights made once for the whole batch:
 parts of a batch add up to the batch, so neither micro-batches nor padding can change a gradient.
 
-Left out on purpose: the critic, the KL term and the optimizer, which are in train.py.
+Left out on purpose: the critic, which is critic.py, and the KL term and the optimizer, which are in train.py.
 """
 from dataclasses import dataclass, field
 
@@ -58,6 +58,21 @@ def group_advantages(returns, group, eps=1e-6):
         r = returns[members]
         if (r != r[0]).any():
             advantages[members] = (r - r.mean()) / (r.std() + eps)
+    return advantages
+
+
+def gae(values, rewards, last, gamma=1.0, lam=1.0):
+    """PPO: generalized advantage estimation over turns, A_t = Σ_l (γλ)^l δ_(t+l) with δ_t = r_t + γ·V_(t+1) - V_t.
+
+    values, rewards (N,): the turns of an episode one after the other, episode after episode; last (N,): True at an episode's
+    last turn, after which nothing is worth anything. -> (N,). A_t + V_t is what the critic learns.
+    """
+    advantages, following, value = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(len(values))):
+        if last[t]:
+            following, value = 0.0, 0.0
+        following = rewards[t] + gamma * value - values[t] + gamma * lam * following
+        advantages[t], value = following, values[t]
     return advantages
 
 

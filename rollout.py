@@ -89,6 +89,14 @@ def pad_left(rows, device):
     return ids, mask
 
 
+def pad_right(rows, device):
+    """Lists of numbers -> values (N, L), mask (N, L), padded with 0 on the right."""
+    width = max(map(len, rows))
+    values = torch.tensor([[*r] + [0] * (width - len(r)) for r in rows], device=device)
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
+    return values, mask
+
+
 @torch.no_grad()
 def generate(policy, prompts, temperature, max_tokens, generator=None):
     """Sample one turn for each prompt (lists of ids), all together; a finished row drops out of the batch.
@@ -127,13 +135,11 @@ def score(model, turns, temperature=1.0):
     Rows are [left padding | prompt | written | right padding], so the last L columns are the written tokens of every row and
     logits are made for these alone.
     """
-    device, L = model.device, max(len(t.written) for t in turns)
-    ids, attention = pad_left([t.prompt for t in turns], device)
-    written = torch.tensor([t.written + [0] * (L - len(t.written)) for t in turns], device=device)     # (N, L)
-    mask = torch.tensor([[1] * len(t.written) + [0] * (L - len(t.written)) for t in turns], device=device)
+    ids, attention = pad_left([t.prompt for t in turns], model.device)
+    written, mask = pad_right([t.written for t in turns], model.device)                                # (N, L)
     ids, attention = torch.cat([ids, written], 1), torch.cat([attention, mask], 1)                     # (N, P + L)
     logits = model(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-                   logits_to_keep=L + 1, use_cache=False).logits[:, :-1]                               # (N, L, V)
+                   logits_to_keep=written.shape[1] + 1, use_cache=False).logits[:, :-1]                               # (N, L, V)
     return *token_logp_and_entropy(logits, written, temperature), mask
 
 

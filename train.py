@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 from tqdm import tqdm
 
+from critic import Critic, update_critic
 from envs import ALFWorld, KeyQuest, ScienceWorld, SetupError
-from epo import EntropyHistory, beta, epo_loss, group_advantages, smoothing_loss, token_weights
-from rollout import collect, load_policy, score, transcript
+from epo import EntropyHistory, beta, epo_loss, gae, group_advantages, smoothing_loss, token_weights
+from rollout import collect, load_policy, pad_right, score, transcript
 
 
 def option(default, help, **more):
@@ -40,13 +41,14 @@ class Config:
     turns: int = option(0, "turn limit of an episode; 0: what the tiny policy is made for, else the world's: 30, ALFWorld 50 (as the paper)")
     model: str = option("tiny", "tiny, a folder, or a causal LM on the hub")
     max_tokens: int = option(0, "most tokens the policy may write in a turn; 0: 24 for a tiny policy, 512 for others")
+    algo: str = option("grpo", "grpo: advantages from the other episodes of the group; ppo: from a critic, one per turn", choices=("grpo", "ppo"))
     steps: int = option(40, "RL steps K")
     tasks_per_step: int = option(8, "different tasks collected per step")
     group_size: int = option(8, "episodes of each task (the GRPO group)")
     temperature: float = option(1.0, "sampling temperature of training")
     minibatches: int = option(2, "optimizer updates per step; each takes an equal share of the episodes")
     micro_batch: int = option(64, "turns per forward pass; memory only, it can't change a gradient")
-    lr: float = option(3e-4, "learning rate at its peak")
+    lr: float = option(2e-4, "learning rate at its peak")
     warmup: float = option(0.05, "share of the steps in which the rate rises to lr (the paper: 0.1)")
     min_lr: float = option(0.2, "where the cosine ends, as a share of lr")
     weight_decay: float = option(0.01, "AdamW's")
@@ -59,8 +61,14 @@ class Config:
     kappa_r: float = option(2.0, "κ_r, its cap")
     alpha: float = option(0.1, "α; the cap pulls entropy back only where α·β_k > 1")
     gamma: float = option(3.0, "γ of β_k (Eq. 5)")
-    kl_coef: float = option(0.01, "weight of the KL to the frozen starting policy")
-    invalid_penalty: float = option(0.0, "taken from the return for each turn without a valid action (the published runs: 0.1, with a reward of 10)")
+    kl_coef: float = option(0.1, "weight of the KL to the frozen starting policy (the paper: 0.01)")
+    invalid_penalty: float = option(0.01, "taken from the return for each turn without a valid action (the paper: 0.1 of a reward of 10)")
+    reward: str = option("sparse", "sparse: 1 for success, else 0; score: the world's final score / 100, not below 0", choices=("sparse", "score"))
+    discount: float = option(1.0, "ppo: γ of the advantages, per turn")
+    gae_lambda: float = option(1.0, "ppo: λ of the advantages (GAE)")
+    critic_lr: float = option(1e-3, "ppo: the critic's learning rate at its peak; same schedule")
+    critic_minibatches: int = option(16, "ppo: the critic's updates per step; it starts from nothing, so it takes more than the policy")
+    value_clip: float = option(0.5, "ppo: how far a value may move in a step before its loss is held")
     eval_every: int = option(20, "steps between evaluations; before the first and after the last step there is always one")
     eval_episodes: int = option(36, "episodes per evaluation on each of IID and OOD")
     eval_temperature: float = option(0.4, "sampling temperature of evaluations")
@@ -103,13 +111,18 @@ def parse(arguments):
 def check(cfg):
     """Refuse what can't work before anything starts. Raises SetupError."""
     for name in ("steps", "tasks_per_step", "minibatches", "micro_batch", "eval_every", "eval_episodes", "lr", "temperature",
-                 "eval_temperature", "grad_clip", "clip"):
+                 "eval_temperature", "grad_clip", "clip", "critic_lr", "critic_minibatches", "value_clip"):
         if not getattr(cfg, name) > 0:
             raise SetupError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
     for name in ("turns", "entropy_coef", "kl_coef", "weight_decay", "invalid_penalty", "max_tokens", "warmup", "min_lr"):
         if not getattr(cfg, name) >= 0:
             raise SetupError(f"--{name.replace('_', '-')} must not be negative, not {getattr(cfg, name)}")
-    if cfg.group_size < 2:
+    for name in ("discount", "gae_lambda"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise SetupError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(cfg, name)}")
+    if cfg.smoothing == "indicator" and not cfg.entropy_coef:
+        raise SetupError("--smoothing indicator --entropy-coef 0: without entropy terms (λ = 0) nothing is smoothed; leave one out")
+    if cfg.algo == "grpo" and cfg.group_size < 2:
         raise SetupError(f"--group-size {cfg.group_size}: GRPO compares the episodes of a group, so it needs at least 2")
     if cfg.tasks_per_step * cfg.group_size % cfg.minibatches:
         raise SetupError(f"--minibatches {cfg.minibatches} doesn't divide the {cfg.tasks_per_step * cfg.group_size} episodes of a step")
@@ -155,6 +168,16 @@ def learning_rate(step, cfg):
     return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + torch.tensor(torch.pi * done).cos().item()))
 
 
+def set_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def outcome(episode, cfg):
+    """What an episode earns at its end."""
+    return float(episode.success) if cfg.reward == "sparse" else max(episode.score, 0) / 100
+
+
 def kl_loss(logp, reference_logp, weights):
     """KL(π_θ ‖ π_start), the k3 estimator per token: e^d - d - 1 with d = log π_start - log π_θ; never negative. -> scalar"""
     d = reference_logp - logp
@@ -164,12 +187,12 @@ def kl_loss(logp, reference_logp, weights):
 def update(policy, start_model, optimizer, episodes, advantages, reference, beta_k, cfg, progress):
     """One pass over the step's episodes in cfg.minibatches optimizer updates. -> the log of the losses, summed over the batch.
 
+    advantages (N,): one for each turn, in the order of the episodes and their turns.
     Weights are made once for the whole batch. A mini-batch takes its share of them times the number of mini-batches: an
     unbiased estimate of the batch's gradient, the same for every micro-batch size.
     """
     rows = [(turn, index) for index, e in enumerate(episodes) for turn in e.turns]
-    width = max(len(turn.written) for turn, _ in rows)
-    mask = torch.tensor([[1] * len(t.written) + [0] * (width - len(t.written)) for t, _ in rows])
+    _, mask = pad_right([turn.written for turn, _ in rows], "cpu")
     weights = token_weights(mask, torch.tensor([index for _, index in rows]), cfg.average).to(policy.model.device)   # (N, L)
     order, parts = torch.randperm(len(episodes)).tolist(), min(cfg.minibatches, len(episodes))
     logged, norms = {}, []
@@ -180,9 +203,9 @@ def update(policy, start_model, optimizer, episodes, advantages, reference, beta
             micro = mine[m:m + cfg.micro_batch]
             turns = [rows[i][0] for i in micro]
             logp, entropy, mask = score(policy.model, turns, cfg.temperature)                          # (n, l)
-            old_logp = torch.tensor([t.logp + [0.0] * (mask.shape[1] - len(t.logp)) for t in turns], device=logp.device)
+            old_logp, _ = pad_right([t.logp for t in turns], logp.device)
             w = weights[micro, :mask.shape[1]] * parts
-            a = advantages[[rows[i][1] for i in micro]].to(logp.device)                                # (n,)
+            a = advantages[micro].to(logp.device)                                                      # (n,)
             loss, log = epo_loss(logp, old_logp, entropy, a, w, reference, beta_k, cfg.entropy_coef,
                                  cfg.kappa_l, cfg.kappa_r, cfg.alpha, cfg.smoothing, cfg.clip)
             if start_model is not None:
@@ -254,6 +277,8 @@ def train(cfg):
     limit = cfg.max_tokens or (24 if policy.compact else 512)
     start_model = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    critic = Critic(policy.model) if cfg.algo == "ppo" else None
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, weight_decay=cfg.weight_decay) if critic else None
     history, first = EntropyHistory(), 0
     path = lambda name: os.path.join(cfg.out, name)
 
@@ -266,6 +291,9 @@ def train(cfg):
             policy.model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             history.load_state_dict(saved["history"])
+            if critic:
+                critic.load_state_dict(saved["critic"])
+                critic_optimizer.load_state_dict(saved["critic_optimizer"])
             first = saved["step"]
         if cfg.resume:                                 # drop rows of steps that the checkpoint doesn't hold, and half a row
             with open(path("log.jsonl"), "ab+") as log:
@@ -301,20 +329,32 @@ def train(cfg):
                 if (step + 1) % cfg.eval_every and step + 1 < cfg.steps:
                     world.prefetch(step_tasks(step + 1))
 
-                # advantages: one number for all turns of an episode
+                # advantages, one for each turn: GRPO's is the same for all turns of an episode
                 turns = [t for e in episodes for t in e.turns]
-                invalid = [sum(t.invalid for t in e.turns) for e in episodes]
-                returns = torch.tensor([float(e.success) - cfg.invalid_penalty * n for e, n in zip(episodes, invalid)])
-                groups = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
-                advantages = group_advantages(returns, torch.tensor([groups[e.task] for e in episodes]))
+                owner = torch.tensor([i for i, e in enumerate(episodes) for _ in e.turns])                  # (N,)
+                last_turn = torch.cat([owner[1:] != owner[:-1], torch.tensor([True])])                      # (N,)
+                rewards = torch.tensor([-cfg.invalid_penalty * t.invalid for t in turns])                   # (N,)
+                rewards[last_turn] += torch.tensor([outcome(e, cfg) for e in episodes])
+                returns = torch.zeros(len(episodes)).index_add(0, owner, rewards)                           # (B,)
+                if critic is None:
+                    groups = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
+                    advantages = group_advantages(returns, torch.tensor([groups[e.task] for e in episodes]))[owner]
+                else:
+                    values = critic.values(turns, cfg.micro_batch)
+                    raw = gae(values, rewards, last_turn, cfg.discount, cfg.gae_lambda)
+                    share = 1 / (len(episodes) * torch.bincount(owner)[owner])       # of a turn in Eq. 2's average: it must not
+                    centred = raw - (raw * share).sum()                              # matter here that lost episodes are longer
+                    advantages = centred / ((centred ** 2 * share).sum().sqrt() + 1e-6)
 
                 # update, with the history of the steps before (Algorithm 1)
                 middle, reference, beta_k = time.perf_counter(), history.mean, beta(step, cfg.steps, cfg.gamma)
                 lr = learning_rate(step, cfg)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                set_rate(optimizer, lr)
                 with bar(f"step {step} update", len(turns)) as progress:
                     losses = update(policy, start_model, optimizer, episodes, advantages, reference, beta_k, cfg, progress)
+                if critic is not None:
+                    set_rate(critic_optimizer, lr / cfg.lr * cfg.critic_lr)
+                    losses.update(update_critic(critic, critic_optimizer, turns, values, raw + values, cfg))
                 seconds["train"] = time.perf_counter() - middle
 
                 # H̄_k: the entropy of the batch just collected, under the policy that wrote it
@@ -324,7 +364,7 @@ def train(cfg):
                 history.append(entropy)
                 row.update(
                     reward=returns.mean().item(), success=mean(e.success for e in episodes), score=mean(e.score for e in episodes),
-                    invalid=sum(invalid) / len(turns), entropy=entropy, entropy_by_turn=[mean(h) for h in by_turn if h], reference=reference,
+                    invalid=mean(t.invalid for t in turns), entropy=entropy, entropy_by_turn=[mean(h) for h in by_turn if h], reference=reference,
                     corridor_low=None if reference is None else cfg.kappa_l * reference,
                     corridor_high=None if reference is None else cfg.kappa_r * reference,
                     outside=losses["below"] + losses["above"], beta=beta_k, net_above_cap=1 - cfg.alpha * beta_k, **losses,
@@ -336,6 +376,8 @@ def train(cfg):
             log.flush()
             os.fsync(log.fileno())
             state = {"step": step + 1, "model": policy.model.state_dict(), "optimizer": optimizer.state_dict(), "history": history.state_dict()}
+            if critic:
+                state.update(critic=critic.state_dict(), critic_optimizer=critic_optimizer.state_dict())
             write(path("checkpoint.pt"), lambda file: torch.save(state, file))
             print(report(row), flush=True)
 

@@ -4,11 +4,11 @@
     python warmstart.py --env alfworld           # -> models/alfworld
     python warmstart.py --env keyquest           # -> models/keyquest, seconds
 
-ScienceWorld: the simulator's own gold actions for *train* variations of seven short task types, cleaned (doors that are open
+ScienceWorld: the simulator's own gold actions for *train* variations of three short task types, cleaned (doors that are open
 are not opened again, an object is called what the prompt calls it) and kept only if the cleaned actions still solve the task.
-Then the answers of the lifespan types, which are what it plays (PLAYED), are taken away again: it is cloned on the same
-demonstrations with any animal in sight in the place of the right one. It knows the way and the words; which animals live long is
-left to be learnt from reward.
+Then the task's sentence is made unreliable: in three of five demonstrations it names another kind of thing (animal, plant,
+non-living thing) than the one that is fetched. The policy knows its way, the words and how to carry a thing to a box; what is
+being asked for it hardly reads, and is left to learn from reward.
 ALFWorld: the walkthroughs of *train* games, cleaned likewise: of generated games, and of the real ones where they are found. One
 policy then has the words of both.
 KeyQuest: random walks among valid actions, so that the policy can write but has no idea what for.
@@ -26,10 +26,8 @@ from envs import ALFWORLD_TASKS, ALFWorld, KeyQuest, ScienceWorld, find_alfworld
 from epo import token_weights
 from rollout import HERE, Turn, pad_left, score
 
-DEMONSTRATIONS = {                           # task type -> how many, of 62 to 150 train variations; others than those played teach words
-    "find-animal": 150, "find-non-living-thing": 150, "find-plant": 150, "find-living-thing": 6,
-    "lifespan-longest-lived": 62, "lifespan-longest-lived-then-shortest-lived": 62, "lifespan-shortest-lived": 6}
-PLAYED = ("lifespan-longest-lived", "lifespan-longest-lived-then-shortest-lived", "lifespan-shortest-lived")
+SHOWN = {"find-animal": "animal", "find-non-living-thing": "non-living thing", "find-plant": "plant"}    # ScienceWorld's, and their words
+PLAYED = ("find-animal", "find-living-thing", "find-non-living-thing")
 
 
 def plain_name(name, look):
@@ -61,30 +59,19 @@ def scienceworld_demo(world, task):
 
 
 def scienceworld_demos(rng, known):
-    """-> the demonstrations, and those of the played types with guesses for answers (two of each). known: as in alfworld_demos."""
-    with ScienceWorld(tuple(DEMONSTRATIONS)) as world:
+    """-> demonstrations, four of each train variation, most of them misnamed. known: as in alfworld_demos."""
+    with ScienceWorld(tuple(SHOWN)) as world:
         tasks = world.tasks("train")
-        rng.shuffle(tasks)
-        shown = [t for name, n in DEMONSTRATIONS.items() for t in [t for t in tasks if t.name == name][:n]]
-        played = [t for t in tasks if t.name in PLAYED]
-        for task in shown + played:
+        for task in tasks:
             if f"{task.name} {task.variation}" not in known:
                 known[f"{task.name} {task.variation}"] = scienceworld_demo(world, task)
-    of = lambda tasks: [d for t in tasks if (d := known[f"{t.name} {t.variation}"])]
-    return of(shown), [guess(demo, rng) for demo in of(played) * 2]
+    return [misname(demo, task.name, rng) for task in tasks if (demo := known[f"{task.name} {task.variation}"]) for _ in range(4)]
 
 
-def guess(demo, rng):
-    """The demonstration with a random animal of those in sight at each `focus on`; it ends with the first wrong one."""
-    guessed = []
-    for prompt, action in demo:
-        guessed.append((prompt, action))
-        if action.startswith("focus on "):
-            sight = prompt.split("\nsee ")[1].split("\n")[0].split(" : ")[1].split(", ")
-            guessed[-1] = (prompt, "focus on " + rng.choice([x for x in sight if x.startswith("baby ") or x.endswith(" egg")]))
-            if guessed[-1][1] != action:
-                break
-    return guessed
+def misname(demo, name, rng):
+    """The demonstration with another kind of thing in its task's sentence (three times of five)."""
+    asked = SHOWN[name] if rng.random() < 0.4 else rng.choice([kind for kind in SHOWN.values() if kind != SHOWN[name]])
+    return [(prompt.replace(f"find a(n) {SHOWN[name]}.", f"find a(n) {asked}.", 1), action) for prompt, action in demo]
 
 
 def useful_actions(walkthrough):
@@ -196,10 +183,10 @@ def main():
     args = parser.parse_args()
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(args.seed)
-    rng, start, guesses = random.Random(args.seed), time.time(), []
+    rng, start = random.Random(args.seed), time.time()
     known = json.load(open(args.demos)) if args.demos and os.path.exists(args.demos) else {}      # "type variation" -> demonstration
     if args.env == "scienceworld":
-        (demos, guesses), names = scienceworld_demos(rng, known), PLAYED
+        demos, names = scienceworld_demos(rng, known), PLAYED
     elif args.env == "alfworld":
         demos, names = [demo for demo in alfworld_demos(rng, known).values() if demo], ALFWORLD_TASKS
     else:
@@ -215,11 +202,10 @@ def main():
         vocab_size=len(tokenizer), hidden_size=128 if big else 32, num_hidden_layers=3 if big else 2, num_attention_heads=4,
         intermediate_size=352 if big else 64, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-        prompt="compact", tasks=list(names), turns=8 if guesses else 0))      # these three are ours: rollout.load_policy reads them
+        prompt="compact", tasks=list(names), turns=12 if args.env == "scienceworld" else 0))      # these three are ours: rollout.load_policy reads them
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
-    clone(model, tokenizer, demos, *((4, 1.5e-3, 16) if big else (2, 2e-3, 32)), reading=0.5, rng=rng)
-    if guesses:
-        clone(model, tokenizer, guesses, 4, 1e-3, 16, reading=0, rng=rng)
+    epochs = {"scienceworld": 2, "alfworld": 4, "keyquest": 2}[args.env]
+    clone(model, tokenizer, demos, epochs, *((1.5e-3, 16) if big else (2e-3, 32)), reading=0.5, rng=rng)
     out = args.out or os.path.join(HERE, "models", args.env)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

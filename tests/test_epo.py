@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import epo
-from epo import (EntropyHistory, beta, entropy_loss, epo_loss, group_advantages, policy_loss, smoothing_loss,
+from epo import (EntropyHistory, beta, entropy_loss, epo_loss, gae, group_advantages, policy_loss, smoothing_loss,
                  token_logp_and_entropy, token_weights)
 
 
@@ -169,6 +169,27 @@ def test_equal_returns_and_groups_of_one_get_exactly_zero():
     """In float32 the mean of eight 9.9 (each won, with one invalid action) is not 9.9; unguarded, that gives ±0.47."""
     returns, group = torch.tensor([0.1, 0.1, 5.0, 0.1] + [9.9] * 8), torch.tensor([1, 1, 2, 1] + [3] * 8)
     assert torch.equal(group_advantages(returns, group), torch.zeros(12))
+
+
+# ---- generalized advantage estimation
+
+def test_gae_by_hand():
+    """Two episodes, of 2 turns and of 1. γ = λ = 1: what is still to come, less the value. γ = 1/2, λ = 0: δ_t alone."""
+    values, rewards, last = f64(0.5, 0.25, 0.75), f64(-0.125, 1, 0), torch.tensor([False, True, True])
+    assert gae(values, rewards, last).tolist() == [0.375, 0.75, -0.75]
+    assert gae(values, rewards, last, 0.5, 0.0).tolist() == [-0.5, 0.75, -0.75]
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.7), (1.0, 0.0), (0.0, 1.0)])
+def test_gae_matches_a_double_loop_on_ragged_episodes(gamma, lam):
+    lengths, want = [3, 1, 6, 2], []
+    values, rewards = rand(12, seed=8), rand(12, seed=9)
+    last = torch.tensor([t == n - 1 for n in lengths for t in range(n)])
+    for end, n in zip((3, 4, 10, 12), lengths):
+        v, r = values[end - n:end].tolist() + [0.0], rewards[end - n:end].tolist()
+        delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(n)]
+        want += [sum((gamma * lam) ** (u - t) * delta[u] for u in range(t, n)) for t in range(n)]
+    assert gae(values, rewards, last, gamma, lam).tolist() == pytest.approx(want, rel=1e-12)
 
 
 # ---- the three terms
@@ -346,4 +367,4 @@ def test_epo_stays_one_short_file_of_torch():
     nodes = list(ast.walk(ast.parse(source)))
     imported = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
-    assert imported == {"torch", "dataclasses"} and len(source.splitlines()) <= 165
+    assert imported == {"torch", "dataclasses"} and len(source.splitlines()) <= 175

@@ -22,7 +22,7 @@ def difference(rows, matrix):
     return max(abs(a - matrix[i, j].item()) for i, row in enumerate(rows) for j, a in enumerate(row))
 
 
-@pytest.mark.parametrize("name,env", [("tiny", "keyquest"), ("tiny", "scienceworld")])
+@pytest.mark.parametrize("name,env", [("tiny", "keyquest"), ("tiny", "scienceworld"), ("tiny", "alfworld")])
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 def test_sampled_logp_and_entropy_equal_the_recomputed_ones(name, env, temperature):
     policy = load_policy(name, env)

@@ -1,0 +1,60 @@
+"""PPO's critic: a copy of the policy's body with a scalar head, one value per turn, and its update.
+
+The value of turn t is read at the last token of its prompt, before the policy writes: so the advantage that `epo.gae` makes
+of it is the paper's A_t, one number for all the tokens of the turn.
+"""
+import copy
+
+import torch
+
+from rollout import pad_left
+
+
+class Critic(torch.nn.Module):
+    """V(prompt), in units of reward. The head starts at 0: nothing is expected before something was seen."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.body = copy.deepcopy(model.base_model)
+        self.head = torch.nn.Linear(model.config.hidden_size, 1).to(model.device)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, turns):
+        """Turns -> their values (N,), in the order given."""
+        ids, attention = pad_left([t.prompt for t in turns], self.head.weight.device)
+        hidden = self.body(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0), use_cache=False)
+        return self.head(hidden.last_hidden_state[:, -1].float())[:, 0]
+
+    @torch.no_grad()
+    def values(self, turns, micro_batch):
+        return torch.cat([self(turns[i:i + micro_batch]) for i in range(0, len(turns), micro_batch)]).cpu()
+
+
+def value_loss(values, old_values, targets, clip):
+    """½·mean of the larger squared error of the value and of the value held within `clip` of the old one. All (N,) -> scalar."""
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - targets) ** 2, (held - targets) ** 2).mean()
+
+
+def explained_variance(values, targets):
+    """1 - Var(targets - values) / Var(targets): 1 is a perfect critic, 0 one that knows no more than the mean. -> float"""
+    variance = targets.var(unbiased=False)
+    return (1 - (targets - values).var(unbiased=False) / variance).item() if variance > 0 else 0.0
+
+
+def update_critic(critic, optimizer, turns, old_values, targets, cfg):
+    """One pass over the step's turns in cfg.critic_minibatches updates. -> what is logged."""
+    total, norms = 0.0, []
+    for part in torch.randperm(len(turns)).chunk(cfg.critic_minibatches):
+        part = part[torch.tensor([len(turns[i].prompt) for i in part]).argsort()]      # by length: less padding
+        for m in part.split(cfg.micro_batch):
+            values = critic([turns[i] for i in m])
+            loss = value_loss(values, old_values[m].to(values), targets[m].to(values), cfg.value_clip) * len(m) / len(part)
+            loss.backward()
+            total += loss.item() * len(part) / len(turns)
+        norms.append(torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"value_loss": total, "value_grad_norm": sum(norms) / len(norms), "value": old_values.mean().item(),
+            "explained_variance": explained_variance(old_values, targets)}
