@@ -149,6 +149,8 @@ def serve(connection):
 class Worker:
     """A process that runs `serve`. No fork (the parent has torch's threads), no multiprocessing (it imports the main script)."""
 
+    patience = 600                                   # seconds; the longest batch takes one or two minutes
+
     def __init__(self):
         self.process = None
         self.start()
@@ -170,11 +172,13 @@ class Worker:
             pass
 
     def answers(self):
-        """The answers to the batch asked last, or None if the process died; then it has been replaced."""
+        """The answers to the batch asked last, or None if the process died or hangs; then it has been replaced."""
         try:
-            return self.pipe.recv()
+            if self.pipe.poll(self.patience):
+                return self.pipe.recv()
         except (EOFError, OSError):
-            self.start()
+            pass
+        self.start()
 
     def close(self):
         if self.process is not None:

@@ -152,16 +152,16 @@ class EntropyHistory:
 
 
 def epo_loss(logp, old_logp, entropy, advantages, weights, reference, beta_k, entropy_coef=0.001,
-             kappa_l=0.0, kappa_r=2.0, alpha=0.05, smoothing="hinge", clip=0.2):
+             kappa_l=0.0, kappa_r=2.0, alpha=0.05, smoothing="hinge", clip=0.2, entropy_weights=None):
     """Eq. 6: L_EPO = L_MT - λ·[L_H - β_k·L_smooth] -> the loss (scalar) and a dict of floats to log.
 
     logp, old_logp, entropy, weights (N, L); advantages (N,) or (N, L); reference: H̄_W or None; λ = entropy_coef.
-    smoothing: "hinge", "indicator" or "off". Every logged value is a sum over weighted tokens, so those of micro-batches add.
+    smoothing: "hinge", "indicator" or "off". entropy_weights (N, L): other weights for L_H alone (variants.py). Every logged value is a sum over weighted tokens, so those of micro-batches add.
     Note what Eq. 6 does to one token's entropy: ∂L/∂H is -λw(1 + α·β_k) below the floor, -λw inside, -λw(1 - α·β_k) above
     the cap. Only with α·β_k > 1 does the cap pull entropy back; with the paper's α it weakens the bonus by 5 to 20 %.
     """
     l_mt = policy_loss(logp, old_logp, advantages, weights, clip)
-    l_h = entropy_loss(entropy, weights)
+    l_h = entropy_loss(entropy, weights if entropy_weights is None else entropy_weights)
     l_smooth = entropy.new_zeros(()) if smoothing == "off" else smoothing_loss(
         entropy, reference, weights, kappa_l, kappa_r, alpha, smoothing)
     loss = l_mt - entropy_coef * (l_h - beta_k * l_smooth)

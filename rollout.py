@@ -45,8 +45,9 @@ class Policy:
     tokenizer: object
     end: list[int]
     compact: bool                   # True: World.prompt; False: World.chat through the tokenizer's chat template
-    tasks: tuple = ()               # a tiny policy's: the task types and the turn limit that it is made for
+    tasks: tuple = ()               # a tiny policy's: the task types, turn limit and learning rate that it is made for
     turns: int = 0
+    lr: float = 0.0
 
     def encode(self, world, past, now):
         if self.compact:
@@ -78,7 +79,7 @@ def load_policy(name, env, device="cpu"):
     end = model.generation_config.eos_token_id                       # some models end a turn with one of several tokens
     end = end if isinstance(end, list) else [tokenizer.eos_token_id if end is None else end]
     return Policy(model.to(device).eval(), tokenizer, end, compact, tuple(getattr(model.config, "tasks", ())),
-                  getattr(model.config, "turns", 0))
+                  getattr(model.config, "turns", 0), getattr(model.config, "lr", 0.0))
 
 
 def pad_left(rows, device):

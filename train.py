@@ -25,6 +25,7 @@ from critic import Critic, update_critic
 from envs import ALFWorld, KeyQuest, ScienceWorld, SetupError
 from epo import EntropyHistory, beta, epo_loss, gae, group_advantages, smoothing_loss, token_weights
 from rollout import collect, load_policy, pad_right, score, transcript
+from variants import decayed_weights, shaped_advantages
 
 
 def option(default, help, **more):
@@ -48,7 +49,7 @@ class Config:
     temperature: float = option(1.0, "sampling temperature of training")
     minibatches: int = option(2, "optimizer updates per step; each takes an equal share of the episodes")
     micro_batch: int = option(64, "turns per forward pass; memory only, it can't change a gradient")
-    lr: float = option(2e-4, "learning rate at its peak")
+    lr: float = option(0.0, "learning rate at its peak; 0: what the tiny policy is made for, else 5e-6 (the paper)")
     warmup: float = option(0.05, "share of the steps in which the rate rises to lr (the paper: 0.1)")
     min_lr: float = option(0.2, "where the cosine ends, as a share of lr")
     weight_decay: float = option(0.01, "AdamW's")
@@ -61,6 +62,10 @@ class Config:
     kappa_r: float = option(2.0, "κ_r, its cap")
     alpha: float = option(0.1, "α; the cap pulls entropy back only where α·β_k > 1")
     gamma: float = option(3.0, "γ of β_k (Eq. 5)")
+    dynamic_weight: str = option("on", "off: β = 1 in every step (the paper's EPO w/o DW)", choices=("on", "off"))
+    window: int = option(0, "how many of the last steps make the mean entropy H̄_W; 0: all (the paper)")
+    entropy_decay: float = option(0.0, "EPO-Decay: the entropy term weighs 1 + this at the first turn, 1 - this at the last")
+    shaping: float = option(0.0, "η of EA, the entropy-shaped advantage; meant for --entropy-coef 0")
     kl_coef: float = option(0.1, "weight of the KL to the frozen starting policy (the paper: 0.01)")
     invalid_penalty: float = option(0.01, "taken from the return for each turn without a valid action (the paper: 0.1 of a reward of 10)")
     reward: str = option("sparse", "sparse: 1 for success, else 0; score: the world's final score / 100, not below 0", choices=("sparse", "score"))
@@ -110,14 +115,15 @@ def parse(arguments):
 
 def check(cfg):
     """Refuse what can't work before anything starts. Raises SetupError."""
-    for name in ("steps", "tasks_per_step", "minibatches", "micro_batch", "eval_every", "eval_episodes", "lr", "temperature",
+    for name in ("steps", "tasks_per_step", "minibatches", "micro_batch", "eval_every", "eval_episodes", "temperature",
                  "eval_temperature", "grad_clip", "clip", "critic_lr", "critic_minibatches", "value_clip"):
         if not getattr(cfg, name) > 0:
             raise SetupError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
-    for name in ("turns", "entropy_coef", "kl_coef", "weight_decay", "invalid_penalty", "max_tokens", "warmup", "min_lr"):
+    for name in ("turns", "lr", "entropy_coef", "kl_coef", "weight_decay", "invalid_penalty", "max_tokens", "warmup", "min_lr",
+                 "window", "shaping"):
         if not getattr(cfg, name) >= 0:
             raise SetupError(f"--{name.replace('_', '-')} must not be negative, not {getattr(cfg, name)}")
-    for name in ("discount", "gae_lambda"):
+    for name in ("discount", "gae_lambda", "entropy_decay"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise SetupError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(cfg, name)}")
     if cfg.smoothing == "indicator" and not cfg.entropy_coef:
@@ -206,8 +212,10 @@ def update(policy, start_model, optimizer, episodes, advantages, reference, beta
             old_logp, _ = pad_right([t.logp for t in turns], logp.device)
             w = weights[micro, :mask.shape[1]] * parts
             a = advantages[micro].to(logp.device)                                                      # (n,)
-            loss, log = epo_loss(logp, old_logp, entropy, a, w, reference, beta_k, cfg.entropy_coef,
-                                 cfg.kappa_l, cfg.kappa_r, cfg.alpha, cfg.smoothing, cfg.clip)
+            a = shaped_advantages(a, entropy, cfg.shaping) if cfg.shaping else a
+            index = torch.tensor([t.index for t in turns], device=logp.device)
+            loss, log = epo_loss(logp, old_logp, entropy, a, w, reference, beta_k, cfg.entropy_coef, cfg.kappa_l, cfg.kappa_r, cfg.alpha,
+                                 cfg.smoothing, cfg.clip, decayed_weights(w, index, cfg.turns, cfg.entropy_decay) if cfg.entropy_decay else None)
             if start_model is not None:
                 with torch.no_grad():
                     start_logp, _, _ = score(start_model, turns, cfg.temperature)
@@ -220,8 +228,10 @@ def update(policy, start_model, optimizer, episodes, advantages, reference, beta
             progress.update(len(micro))
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.grad_clip).item()
         if not all(value == value and abs(value) != float("inf") for value in (norm, logged["loss"])):
-            raise SetupError(f"the loss or its gradient is not finite (loss {logged['loss']}, gradient norm {norm}); "
-                             "the last checkpoint is untouched: lower --lr or --entropy-coef")
+            bad = {"turns": [asdict(turn) for turn, _ in rows], "episode": [index for _, index in rows], "advantages": advantages}
+            write(os.path.join(cfg.out, "bad-batch.pt"), lambda file: torch.save(bad, file))
+            raise SetupError(f"the loss or its gradient is not finite (loss {logged['loss']}, gradient norm {norm}); the last checkpoint is "
+                             "untouched, the step's batch is in bad-batch.pt there: lower --lr or --entropy-coef")
         norms.append(norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -274,12 +284,13 @@ def train(cfg):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     saved = load_checkpoint(cfg, device) if cfg.resume else None
     policy = load_policy(cfg.model, cfg.env, device)
+    cfg.lr = cfg.lr or policy.lr or 5e-6
     limit = cfg.max_tokens or (24 if policy.compact else 512)
     start_model = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     critic = Critic(policy.model) if cfg.algo == "ppo" else None
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, weight_decay=cfg.weight_decay) if critic else None
-    history, first = EntropyHistory(), 0
+    history, first = EntropyHistory(cfg.window or None), 0
     path = lambda name: os.path.join(cfg.out, name)
 
     with make_world(cfg, policy) as world:
@@ -347,7 +358,7 @@ def train(cfg):
                     advantages = centred / ((centred ** 2 * share).sum().sqrt() + 1e-6)
 
                 # update, with the history of the steps before (Algorithm 1)
-                middle, reference, beta_k = time.perf_counter(), history.mean, beta(step, cfg.steps, cfg.gamma)
+                middle, reference, beta_k = time.perf_counter(), history.mean, beta(step, cfg.steps, cfg.gamma) if cfg.dynamic_weight == "on" else 1.0
                 lr = learning_rate(step, cfg)
                 set_rate(optimizer, lr)
                 with bar(f"step {step} update", len(turns)) as progress:

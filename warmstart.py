@@ -196,15 +196,14 @@ def main():
             json.dump(known, file)
     print(f"{len(demos)} demonstrations, {time.time() - start:.0f} s", flush=True)
 
-    big = args.env != "keyquest"
+    big, epochs, turns, lr = {"scienceworld": (True, 2, 12, 2e-4), "alfworld": (True, 4, 0, 1e-4), "keyquest": (False, 2, 0, 1e-3)}[args.env]
     tokenizer = make_tokenizer((text for demo in demos for pair in demo for text in pair), 1024 if big else 0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128 if big else 32, num_hidden_layers=3 if big else 2, num_attention_heads=4,
         intermediate_size=352 if big else 64, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-        prompt="compact", tasks=list(names), turns=12 if args.env == "scienceworld" else 0))      # these three are ours: rollout.load_policy reads them
+        prompt="compact", tasks=list(names), turns=turns, lr=lr))     # these four are ours: rollout.load_policy reads them
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
-    epochs = {"scienceworld": 2, "alfworld": 4, "keyquest": 2}[args.env]
     clone(model, tokenizer, demos, epochs, *((1.5e-3, 16) if big else (2e-3, 32)), reading=0.5, rng=rng)
     out = args.out or os.path.join(HERE, "models", args.env)
     model.save_pretrained(out)

@@ -200,6 +200,9 @@ def test_a_worker_that_dies_is_replaced_and_its_episodes_are_lost():
         world.prefetch(tasks)
         world.workers[0].process.kill()
         assert world.reset(tasks) == start
+        world.workers[1].patience = 1
+        os.kill(world.workers[1].process.pid, signal.SIGSTOP)            # it hangs
+        assert world.step({0: "look", 1: "look"})[1] is None
         pids = [worker.process.pid for worker in world.workers]
     assert gone(pids)
 
