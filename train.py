@@ -24,6 +24,7 @@ from tqdm import tqdm
 from critic import Critic, update_critic
 from envs import ALFWorld, KeyQuest, ScienceWorld, SetupError
 from epo import EntropyHistory, beta, epo_loss, gae, group_advantages, smoothing_loss, token_weights
+from presets import PRESETS
 from rollout import collect, load_policy, pad_right, score, transcript
 from variants import decayed_weights, shaped_advantages
 
@@ -74,6 +75,7 @@ class Config:
     critic_lr: float = option(1e-3, "ppo: the critic's learning rate at its peak; same schedule")
     critic_minibatches: int = option(16, "ppo: the critic's updates per step; it starts from nothing, so it takes more than the policy")
     value_clip: float = option(0.5, "ppo: how far a value may move in a step before its loss is held")
+    preset: str = option("", "named settings of presets.py; a flag given beside it wins")
     eval_every: int = option(20, "steps between evaluations; before the first and after the last step there is always one")
     eval_episodes: int = option(36, "episodes per evaluation on each of IID and OOD")
     eval_temperature: float = option(0.4, "sampling temperature of evaluations")
@@ -96,6 +98,12 @@ def parse(arguments):
         more = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
         parser.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"), **more)
     given = vars(parser.parse_args(arguments))
+    if name := given.get("preset"):
+        if name not in PRESETS:
+            raise SetupError(f"unknown --preset {name!r}; there are: {', '.join(PRESETS)}")
+        if "resume" not in given:
+            given = {**PRESETS[name], **given}
+            print(f"preset {name}: " + ", ".join(f"{key} {given[key]}" for key in PRESETS[name]), flush=True)
     cfg = Config(**given)
     cfg.out = cfg.out or os.path.join("runs", cfg.env)
     if cfg.resume:

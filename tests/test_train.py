@@ -14,6 +14,7 @@ import torch
 import train
 from critic import Critic, explained_variance, update_critic, value_loss
 from envs import KeyQuest, SetupError, Task
+from presets import PRESETS
 from rollout import HERE, collect, load_policy
 from variants import decayed_weights, shaped_advantages
 
@@ -299,7 +300,7 @@ def one_line(text):
     (["--simplifications", "hard"], "hard"),
     (["--group-size", "1"], "--group-size"), (["--model", "missing/path"], "missing/path"), (["--minibatches", "3"], "doesn't divide"),
     (["--kappa-l", "3"], "kappa_l"), (["--alpha", "-1"], "alpha"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
-    (["--steps", "0"], "--steps"), (["--resume"], "no run"), (["--smoothing", "soft"], "soft"), (["--algo", "ppo", "--gae-lambda", "1.5"], "--gae-lambda"),
+    (["--steps", "0"], "--steps"), (["--resume"], "no run"), (["--smoothing", "soft"], "soft"), (["--preset", "best"], "'best'"), (["--algo", "ppo", "--gae-lambda", "1.5"], "--gae-lambda"),
     (["--smoothing", "indicator", "--entropy-coef", "0"], "indicator"), (["--device", "cuda"], "GPU")])
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, says, tmp_path, monkeypatch, capsys):
     if "cuda" in arguments and torch.cuda.is_available():
@@ -311,6 +312,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, says, tmp_path, mon
         train.main()
     text = capsys.readouterr().err + (stop.value.code if isinstance(stop.value.code, str) else "")
     assert stop.value.code and one_line(text) and says in text and not out.exists()
+
+
+def test_presets_differ_by_what_their_names_say(capsys):
+    defaults = {f.name: f.default for f in train.fields(train.Config)}
+    full = {name: {**defaults, **preset} for name, preset in PRESETS.items()}
+    differ = lambda a, b: {key for key in defaults if full[a][key] != full[b][key]}
+    assert all(preset.keys() <= defaults.keys() for preset in PRESETS.values())
+    for world in ("scienceworld", "alfworld"):
+        for algo in ("ppo", "grpo"):
+            assert differ(f"{world}-{algo}-epo", f"{world}-{algo}-plain") == {"entropy_coef", "smoothing"}
+            train.check(train.Config(**{**full[f"{world}-{algo}-epo"], "preset": ""}))
+    assert {name: differ("tiny-grpo-epo", f"tiny-grpo-{name}") for name in ("base", "indicator", "constant", "window", "plain", "ea")} == {
+        "base": {"smoothing"}, "indicator": {"smoothing"}, "constant": {"dynamic_weight"}, "window": {"window"},
+        "plain": {"entropy_coef", "smoothing"}, "ea": {"entropy_coef", "smoothing", "shaping"}}
+    assert differ("tiny-ppo-epo", "tiny-grpo-epo") == {"algo"} and differ("tiny-grpo-decay", "tiny-grpo-base") == {"entropy_decay"}
+    cfg = train.parse(["--preset", "tiny-grpo-base", "--kappa-r", "3", "--out", "nowhere/yet"])
+    assert (cfg.smoothing, cfg.kappa_r, cfg.env) == ("off", 3.0, "scienceworld")
+    assert "preset tiny-grpo-base: " in (text := capsys.readouterr().out) and "smoothing off" in text and "kappa_r 3.0" in text
 
 
 def test_an_existing_run_is_not_overwritten(finished):
@@ -335,6 +354,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
 def test_every_option_is_used():
     """A coefficient that is defined and never read is a bug."""
     source = "".join(open(os.path.join(HERE, name)).read() for name in ("train.py", "critic.py"))
+    source += "cfg.preset"                               # it is read from the command line alone
     unused = [f.name for f in train.fields(train.Config) if not re.search(rf"cfg\.{f.name}\b", source)]
     assert unused == []
 
