@@ -83,6 +83,7 @@ class Config:
     device: str = option("auto", "auto, cpu or cuda")
     out: str = option("", "run folder; default: runs/ENV")
     resume: bool = option(False, "continue the run in --out from its checkpoint")
+    evaluate: str = option("", "score this checkpoint.pt of a run on the run's evaluation tasks, print the table, and train nothing")
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,7 +92,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments):
-    """Command line -> Config. A resumed run takes what is not given from its config.json; nothing given may differ from it."""
+    """Command line -> Config. A resumed or evaluated run takes what is not given from its config.json; when resumed, nothing given
+    may differ from it."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     for f in fields(Config):
@@ -105,16 +107,17 @@ def parse(arguments):
             given = {**PRESETS[name], **given}
             print(f"preset {name}: " + ", ".join(f"{key} {given[key]}" for key in PRESETS[name]), flush=True)
     cfg = Config(**given)
-    cfg.out = cfg.out or os.path.join("runs", cfg.env)
-    if cfg.resume:
+    cfg.out = os.path.dirname(cfg.evaluate) if cfg.evaluate else cfg.out or os.path.join("runs", cfg.env)
+    if cfg.resume or cfg.evaluate:
+        flag = "--resume" if cfg.resume else "--evaluate"
         try:
             saved = json.load(open(os.path.join(cfg.out, "config.json")))
         except (OSError, ValueError) as error:
-            raise SetupError(f"--resume: {cfg.out} holds no run that can be read ({error})") from error
-        for name in given.keys() - {"out", "resume", "device"}:
+            raise SetupError(f"{flag}: {cfg.out} holds no run that can be read ({error})") from error
+        for name in given.keys() - {"out", "resume", "device"} if cfg.resume else ():
             if given[name] != saved[name]:
                 raise SetupError(f"--resume: --{name.replace('_', '-')} is {given[name]}, but the run in {cfg.out} has {saved[name]}; leave it out")
-        cfg = Config(**{**saved, **given})
+        cfg = Config(**{**saved, **given, "out": cfg.out})
     elif os.path.exists(cfg.out):
         raise SetupError(f"{cfg.out} exists already; continue it with --resume, or choose another folder with --out")
     check(cfg)
@@ -277,20 +280,19 @@ def write(path, save):
         raise SetupError(f"could not write {path} ({error.strerror}); the file there before is untouched") from error
 
 
-def load_checkpoint(cfg, device):
-    """What the run saved last; None if it was stopped before its first step ended."""
-    path = os.path.join(cfg.out, "checkpoint.pt")
-    if not os.path.exists(path):
-        return None
+def load_checkpoint(path, device):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                         # torch.load raises many kinds for a damaged file
-        raise SetupError(f"--resume: {path} can't be read ({str(error).splitlines()[0][:100]}); start again with another --out") from error
+        raise SetupError(f"{path} can't be read ({str(error).splitlines()[0][:100]}); resume or evaluate another run, or start again "
+                         "with another --out") from error
 
 
 def train(cfg):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    saved = load_checkpoint(cfg, device) if cfg.resume else None
+    path = lambda name: os.path.join(cfg.out, name)
+    saved = load_checkpoint(cfg.evaluate, device) if cfg.evaluate else \
+        load_checkpoint(path("checkpoint.pt"), device) if cfg.resume and os.path.exists(path("checkpoint.pt")) else None
     policy = load_policy(cfg.model, cfg.env, device)
     cfg.lr = cfg.lr or policy.lr or 5e-6
     limit = cfg.max_tokens or (24 if policy.compact else 512)
@@ -299,7 +301,6 @@ def train(cfg):
     critic = Critic(policy.model) if cfg.algo == "ppo" else None
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, weight_decay=cfg.weight_decay) if critic else None
     history, first = EntropyHistory(cfg.window or None), 0
-    path = lambda name: os.path.join(cfg.out, name)
 
     with make_world(cfg, policy) as world:
         cfg.turns = cfg.turns or policy.turns or world.turns
@@ -314,6 +315,10 @@ def train(cfg):
                 critic.load_state_dict(saved["critic"])
                 critic_optimizer.load_state_dict(saved["critic_optimizer"])
             first = saved["step"]
+        if cfg.evaluate:
+            values, _ = evaluate(world, policy, eval_tasks, cfg, limit, first - 1, bar("evaluate", 2 * cfg.eval_episodes))
+            print(table(values))
+            return
         if cfg.resume:                                 # drop rows of steps that the checkpoint doesn't hold, and half a row
             with open(path("log.jsonl"), "ab+") as log:
                 log.seek(0)
@@ -404,6 +409,14 @@ def train(cfg):
 def bar(title, total):
     """A progress bar within a step, for terminals only."""
     return tqdm(desc=title, total=total, leave=False, disable=None)
+
+
+def table(values):
+    """The success of an evaluation on each split and task type, as text."""
+    names = sorted(values["iid_by_task"].keys() | values["ood_by_task"].keys())
+    lines = [f"{'success':32}   IID    OOD"] + [
+        f"{name:32} " + " ".join(f"{values[f'{split}_by_task'].get(name, float('nan')):6.3f}" for split in ("iid", "ood")) for name in names]
+    return "\n".join([*lines, f"{'all':32} {values['iid_success']:6.3f} {values['ood_success']:6.3f}"])
 
 
 def report(row):

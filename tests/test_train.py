@@ -263,6 +263,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, tmp_path
     assert rows(out) == rows(finished[0])
 
 
+def test_a_saved_policy_scores_as_at_the_end_of_its_run(finished):
+    result = run(["--evaluate", os.path.join(finished[0], "checkpoint.pt")])
+    assert result.returncode == 0, result.stderr
+    last = rows(finished[0])[-1]
+    assert result.stdout.splitlines()[-1].split() == ["all", f"{last['iid_success']:.3f}", f"{last['ood_success']:.3f}"]
+    assert run(["--evaluate", os.path.join(finished[0], "checkpoint.pt"), "--eval-episodes", "3"]).returncode == 0
+
+
 def test_resume_refuses_a_changed_flag_and_a_damaged_checkpoint(finished, tmp_path):
     out = str(tmp_path / "damaged")
     shutil.copytree(finished[0], out)
@@ -300,7 +308,7 @@ def one_line(text):
     (["--simplifications", "hard"], "hard"),
     (["--group-size", "1"], "--group-size"), (["--model", "missing/path"], "missing/path"), (["--minibatches", "3"], "doesn't divide"),
     (["--kappa-l", "3"], "kappa_l"), (["--alpha", "-1"], "alpha"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
-    (["--steps", "0"], "--steps"), (["--resume"], "no run"), (["--smoothing", "soft"], "soft"), (["--preset", "best"], "'best'"), (["--algo", "ppo", "--gae-lambda", "1.5"], "--gae-lambda"),
+    (["--steps", "0"], "--steps"), (["--resume"], "no run"), (["--smoothing", "soft"], "soft"), (["--preset", "best"], "'best'"), (["--evaluate", "no/such/checkpoint.pt"], "no/such"), (["--algo", "ppo", "--gae-lambda", "1.5"], "--gae-lambda"),
     (["--smoothing", "indicator", "--entropy-coef", "0"], "indicator"), (["--device", "cuda"], "GPU")])
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, says, tmp_path, monkeypatch, capsys):
     if "cuda" in arguments and torch.cuda.is_available():
