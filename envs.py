@@ -569,7 +569,7 @@ class KeyQuest(World):
                            score=100 * opened, done=opened, success=opened, invalid=invalid)
 
     def prompt(self, past, now):
-        return f"{' '.join(a or '?' for _, a in past[-2:])} | {now.reply} {now.look} {now.inventory} >"
+        return f"{now.look} {now.inventory} {now.reply} {past[-1][1] if past else ''} >"
 
     def gold(self, task):
         """A solution (it knows where things lie)."""

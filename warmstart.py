@@ -11,7 +11,7 @@ non-living thing) than the one that is fetched. The policy knows its way, the wo
 being asked for it hardly reads, and is left to learn from reward.
 ALFWorld: the walkthroughs of *train* games, cleaned likewise: of generated games, and of the real ones where they are found. One
 policy then has the words of both.
-KeyQuest: random walks among valid actions, so that the policy can write but has no idea what for.
+KeyQuest: random walks among valid actions that turn back at walls, so that the policy can write and walk but has no idea what for.
 """
 import argparse
 import json
@@ -119,12 +119,14 @@ def alfworld_demos(rng, known):
 
 
 def keyquest_demos(rng):
-    """Walks of 20 turns among valid actions."""
+    """Walks of 20 turns among valid actions, which turn back at a wall and elsewhere rather go on."""
     world, demos = KeyQuest(), []
     for task in world.tasks("train"):
         now, past = world.reset([task])[0], []
         for _ in range(20):
-            action = rng.choice(["west", "east"] + ["take key"] * ("key" in now.look) + ["open chest"] * ("chest" in now.look))
+            last = past[-1][1] if past else None
+            ways = [a for a in ("west", "east", last) if a in ("west", "east") and (a != last or now.reply != "A wall.")]
+            action = rng.choice(ways + ["take key"] * ("key" in now.look) + ["open chest"] * ("chest" in now.look))
             past.append((now, action))
             now = world.step({0: action})[0]
         demos.append([(world.prompt(past[:i], o), a) for i, (o, a) in enumerate(past)])
@@ -196,15 +198,15 @@ def main():
             json.dump(known, file)
     print(f"{len(demos)} demonstrations, {time.time() - start:.0f} s", flush=True)
 
-    big, epochs, turns, lr = {"scienceworld": (True, 2, 12, 2e-4), "alfworld": (True, 4, 0, 1e-4), "keyquest": (False, 2, 0, 1e-3)}[args.env]
+    big, epochs, turns, lr = {"scienceworld": (True, 2, 12, 2e-4), "alfworld": (True, 4, 0, 1e-4), "keyquest": (False, 2, 0, 3e-3)}[args.env]
     tokenizer = make_tokenizer((text for demo in demos for pair in demo for text in pair), 1024 if big else 0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128 if big else 32, num_hidden_layers=3 if big else 2, num_attention_heads=4,
-        intermediate_size=352 if big else 64, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
+        intermediate_size=352 if big else 64, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05 if big else 0.2,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
         prompt="compact", tasks=list(names), turns=turns, lr=lr))     # these four are ours: rollout.load_policy reads them
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
-    clone(model, tokenizer, demos, epochs, *((1.5e-3, 16) if big else (2e-3, 32)), reading=0.5, rng=rng)
+    clone(model, tokenizer, demos, epochs, *((1.5e-3, 16) if big else (5e-3, 32)), reading=0.5, rng=rng)
     out = args.out or os.path.join(HERE, "models", args.env)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -243,15 +243,15 @@ def test_critic_learns_the_same_for_any_micro_batch(batch):
     assert heads[0].abs().max() > 1e-3 and torch.allclose(*heads, atol=1e-6)
 
 
-@pytest.mark.parametrize("algo,share", [("grpo", 0.9), ("ppo", 0.5)])       # layouts are hidden: a group is the better baseline
-def test_it_learns(algo, share, tmp_path):
-    """From a start that can write and has no idea what for, in 16 steps."""
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_it_learns(algo, tmp_path):
+    """From a start that can write and walk and has no idea what for, to 90 % on layouts it never saw, within a minute."""
     out = str(tmp_path / algo)
-    result = run(["--env", "keyquest", "--tasks", "short", "--algo", algo, "--steps", "16", "--turns", "20", "--lr", "2e-3", "--kl-coef", "0.01",
-                  "--eval-every", "16", "--eval-episodes", "50", "--out", out])
+    result = run(["--env", "keyquest", "--tasks", "short", "--algo", algo, "--steps", "32", "--turns", "20", "--minibatches", "4",
+                  "--kl-coef", "0.01", "--eval-every", "8", "--eval-episodes", "50", "--out", out])
     assert result.returncode == 0, result.stderr
-    log = rows(out)
-    assert log[0]["success"] < 0.3 and sum(r["success"] for r in log[-4:-1]) / 3 > share
+    evaluations = [r["iid_success"] for r in rows(out) if "iid_success" in r]
+    assert evaluations[0] < 0.5 and max(evaluations[1:]) > 0.9, evaluations
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, tmp_path):
