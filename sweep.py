@@ -3,8 +3,9 @@
     python sweep.py tiny-grpo-plain tiny-grpo-epo --seeds 3 --jobs 2 --out results/sweep --steps 20
 
 Flags that it doesn't know go to train.py. For runs that are finished it only prints the table:
-before: success of the first evaluation. Succ.*: the best of a run's evaluations; Succ.: the mean of its last ones (--last).
-Means over seeds ± standard error, as IID / OOD. std(ΔH̄): how much the mean entropy jumps from step to step.
+before, after: success of the first and the last evaluation. Succ.*: the best of a run's evaluations; Succ.: the mean of its last
+ones (--last), which a second table has by task type. Means over seeds ± standard error, as IID / OOD. std(ΔH̄): how much the mean
+entropy jumps from step to step.
 """
 import argparse
 import json
@@ -49,14 +50,17 @@ def summary(log, last):
     numbers = {"jump": statistics.pstdev(b - a for a, b in zip(entropy, entropy[1:])) if len(entropy) > 1 else 0.0}
     for split in ("iid", "ood"):
         success = [row[f"{split}_success"] for row in evaluations]
-        numbers |= {f"{split}_before": success[0], f"{split}_best": max(success), f"{split}_last": statistics.mean(success[-last:])}
+        numbers |= {f"{split}_before": success[0], f"{split}_after": success[-1], f"{split}_best": max(success),
+                    f"{split}_last": statistics.mean(success[-last:])}
+        by_task = [row[f"{split}_by_task"] for row in evaluations[-last:]]
+        numbers |= {f"{split} {name}": statistics.mean(row[name] for row in by_task if name in row) for name in {n for row in by_task for n in row}}
     return numbers
 
 
-def spread(values):
+def spread(values, digits=2):
     """mean ± standard error of the mean, as text."""
-    error = f" ±{statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{error}"
+    error = f" ±{statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{error}"
 
 
 def main():
@@ -75,13 +79,18 @@ def main():
         for (_, _, folder), status in zip(runs, pool.map(lambda job: run(*job, more), runs)):
             if status:
                 print(f"sweep.py: {folder} ended with status {status}; see {folder}.txt", file=sys.stderr)
-    print(f"{'preset':24} seeds  {'before':>23}  {'Succ.*':>23}  {'Succ.':>23}  std(ΔH̄)")
-    for preset in args.presets:
-        found = [summary(log, args.last) for p, _, folder in runs if p == preset and (log := rows(folder)) and log[-1]["step"] == steps(folder)]
-        if found:
-            cells = ["{} / {}".format(*(spread([n[f"{split}_{name}"] for n in found]) for split in ("iid", "ood"))) for name in ("before", "best", "last")]
-            print(f"{preset:24} {len(found):5}  " + "  ".join(f"{cell:>23}" for cell in cells) + f"  {spread([n['jump'] for n in found])}")
-    sys.exit(any(not (log := rows(folder)) or log[-1]["step"] != steps(folder) for _, _, folder in runs))
+    done = {folder: summary(log, args.last) for _, _, folder in runs if (log := rows(folder)) and log[-1]["step"] == steps(folder)}
+    found = {preset: [done[folder] for p, _, folder in runs if p == preset and folder in done] for preset in args.presets}
+    found = {preset: numbers for preset, numbers in found.items() if numbers}
+    cell = lambda numbers, form: "{:>23}".format(" / ".join(spread([n[form.format(split)] for n in numbers]) for split in ("iid", "ood")))
+    print(f"{'preset':24} seeds" + "".join(f"  {name:>23}" for name in ("before", "after", "Succ.*", "Succ.")) + "  std(ΔH̄)")
+    for preset, numbers in found.items():
+        print(f"{preset:24} {len(numbers):5}  " + "  ".join(cell(numbers, f"{{}}_{name}") for name in ("before", "after", "best", "last"))
+              + f"  {spread([n['jump'] for n in numbers], 3)}")
+    print(f"\n{'Succ. by task type':24}      " + "".join(f"  {preset:>23}" for preset in found))
+    for name in sorted({key[4:] for numbers in found.values() for key in numbers[0] if " " in key}):
+        print(f"{name:30}" + "".join("  " + cell(numbers, f"{{}} {name}") for numbers in found.values()))
+    sys.exit(len(done) < len(runs))
 
 
 if __name__ == "__main__":

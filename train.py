@@ -26,6 +26,7 @@ from envs import ALFWorld, KeyQuest, ScienceWorld, SetupError
 from epo import EntropyHistory, beta, epo_loss, gae, group_advantages, smoothing_loss, token_weights
 from presets import PRESETS
 from rollout import collect, load_policy, pad_right, score, transcript
+from sweep import rows as rows_of, summary
 from variants import decayed_weights, shaped_advantages
 
 
@@ -126,7 +127,7 @@ def parse(arguments):
 
 def check(cfg):
     """Refuse what can't work before anything starts. Raises SetupError."""
-    for name in ("steps", "tasks_per_step", "minibatches", "micro_batch", "eval_every", "eval_episodes", "temperature",
+    for name in ("steps", "tasks_per_step", "group_size", "minibatches", "micro_batch", "eval_every", "eval_episodes", "temperature",
                  "eval_temperature", "grad_clip", "clip", "critic_lr", "critic_minibatches", "value_clip"):
         if not getattr(cfg, name) > 0:
             raise SetupError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
@@ -141,6 +142,8 @@ def check(cfg):
         raise SetupError("--smoothing indicator --entropy-coef 0: without entropy terms (λ = 0) nothing is smoothed; leave one out")
     if cfg.algo == "grpo" and cfg.group_size < 2:
         raise SetupError(f"--group-size {cfg.group_size}: GRPO compares the episodes of a group, so it needs at least 2")
+    if cfg.algo == "grpo" and (cfg.discount, cfg.gae_lambda) != (1, 1):
+        raise SetupError("--discount and --gae-lambda are for --algo ppo: a GRPO advantage is the same in all turns of an episode")
     if cfg.tasks_per_step * cfg.group_size % cfg.minibatches:
         raise SetupError(f"--minibatches {cfg.minibatches} doesn't divide the {cfg.tasks_per_step * cfg.group_size} episodes of a step")
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -322,8 +325,8 @@ def train(cfg):
         if cfg.resume:                                 # drop rows of steps that the checkpoint doesn't hold, and half a row
             with open(path("log.jsonl"), "ab+") as log:
                 log.seek(0)
-                rows = [line for line in log if line.endswith(b"\n") and json.loads(line)["step"] < first]
-            write(path("log.jsonl"), lambda file: file.writelines(rows))
+                kept = [line for line in log if line.endswith(b"\n") and json.loads(line)["step"] < first]
+            write(path("log.jsonl"), lambda file: file.writelines(kept))
         else:
             os.makedirs(path("transcripts"))
             write(path("config.json"), lambda file: file.write(json.dumps({**asdict(cfg), "resume": False}, indent=1).encode()))
@@ -404,6 +407,9 @@ def train(cfg):
                 state.update(critic=critic.state_dict(), critic_optimizer=critic_optimizer.state_dict())
             write(path("checkpoint.pt"), lambda file: torch.save(state, file))
             print(report(row), flush=True)
+    found = summary(rows_of(cfg.out), 2)
+    print("; ".join(f"{name} IID {found[f'iid_{key}']:.2f}, OOD {found[f'ood_{key}']:.2f}" for name, key in (
+        ("success before", "before"), ("after", "after"), ("Succ.* (best)", "best"), ("Succ. (last two evaluations)", "last"))))
 
 
 def bar(title, total):

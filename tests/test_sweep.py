@@ -12,10 +12,11 @@ from rollout import HERE
 
 def test_summary_by_hand():
     """Entropies 1, 3, 2: jumps 2 and -1, mean 0.5, deviation 1.5."""
-    log = [{"entropy": 1, "iid_success": 0.1, "ood_success": 0.0}, {"entropy": 3, "iid_success": 0.7, "ood_success": 0.2},
-           {"entropy": 2}, {"iid_success": 0.5, "ood_success": 0.4}]
-    assert sweep.summary(log, 2) == pytest.approx({"jump": 1.5, "iid_before": 0.1, "iid_best": 0.7, "iid_last": 0.6,
-                                                   "ood_before": 0.0, "ood_best": 0.4, "ood_last": 0.3})
+    evaluation = lambda iid, ood: {"iid_success": iid, "ood_success": ood, "iid_by_task": {"a": iid}, "ood_by_task": {"a": ood}}
+    log = [{"entropy": 1, **evaluation(0.1, 0.0)}, {"entropy": 3, **evaluation(0.7, 0.2)}, {"entropy": 2}, evaluation(0.5, 0.4)]
+    assert sweep.summary(log, 2) == pytest.approx({
+        "jump": 1.5, "iid_before": 0.1, "iid_after": 0.5, "iid_best": 0.7, "iid_last": 0.6, "iid a": 0.6,
+        "ood_before": 0.0, "ood_after": 0.4, "ood_best": 0.4, "ood_last": 0.3, "ood a": 0.3})
     assert sweep.spread([0.1, 0.3]) == "0.20 ±0.10" and sweep.spread([0.25]) == "0.25"
 
 
@@ -25,7 +26,7 @@ def test_presets_by_seeds_are_run_once_and_resumed(tmp_path):
     first = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert first.returncode == 0, first.stderr
     logs = {p: p.read_text() for p in tmp_path.glob("*/log.jsonl")}
-    assert len(logs) == 4 and [line.split()[:2] for line in first.stdout.splitlines()[1:]] == [["tiny-grpo-plain", "2"], ["tiny-ppo-epo", "2"]]
+    assert len(logs) == 4 and [line.split()[:2] for line in first.stdout.splitlines()[1:3]] == [["tiny-grpo-plain", "2"], ["tiny-ppo-epo", "2"]]
     assert [json.load(open(tmp_path / f"tiny-grpo-plain-seed{i}" / "config.json"))["seed"] for i in (0, 1)] == [0, 1]
     os.remove(tmp_path / "tiny-ppo-epo-seed1" / "checkpoint.pt")              # as if it had been stopped in its first step
     stopped = tmp_path / "tiny-ppo-epo-seed1" / "log.jsonl"

@@ -2,11 +2,13 @@
 import copy
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -176,20 +178,38 @@ def test_the_log_of_a_run(finished):
     assert "[ood] task short" in text and "--- turn 1" in text
 
 
-def test_a_killed_run_resumes_to_the_same_log(finished, tmp_path):
-    """kill -9 after 2 of 4 steps, half a row left in the log: the resumed run ends with the log of the undisturbed one."""
-    whole, out = finished[0], str(tmp_path / "killed")
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *SMALL, "--out", out], stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for line in process.stdout:
-        if line.startswith("step   1"):
-            process.send_signal(signal.SIGKILL)
-    process.wait()
+def test_a_run_killed_ten_times_at_random_ends_with_the_log_of_an_undisturbed_one(tmp_path):
+    """kill -9 at any moment: in the rollout, the update, between the log and the checkpoint, while a file is written."""
+    whole, out = str(tmp_path / "whole"), str(tmp_path / "killed")
+    more = [*SMALL, "--steps", "16", "--eval-every", "4"]
+    assert run([*more, "--out", whole]).returncode == 0
+    step = sum(r["seconds"] for r in rows(whole, timing=True)) / 17
+    for life in range(10):
+        process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *(["--resume"] if life else more), "--out", out],
+                                   stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert "writing to" in process.stdout.readline()                                 # everything before is start-up
+        time.sleep(random.uniform(0, 1.5 * step))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     with open(os.path.join(out, "log.jsonl"), "a") as log:
-        log.write('{"step": 2, "rew')
+        log.write('{"step": 16, "rew')                 # and half a row, as a full disk leaves it
     result = run(["--out", out, "--resume"])
     assert result.returncode == 0, result.stderr
-    assert rows(out) == rows(whole)
+    assert rows(out) == rows(whole) and [r["step"] for r in rows(out)] == list(range(17))
+
+
+@pytest.mark.parametrize("env,program", [("scienceworld", "java"), ("alfworld", "alfworld_engine.py")])
+def test_a_simulator_killed_from_outside_does_not_end_a_run(env, program, tmp_path):
+    out = str(tmp_path / env)
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), "--env", env, "--games", "generated", "--steps", "3", "--turns", "8",
+                                "--tasks-per-step", "2", "--group-size", "4", "--eval-episodes", "2", "--out", out], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step   0"):
+            time.sleep(0.3)                            # into the next step
+            found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", program], capture_output=True, text=True).stdout.split()
+            os.kill(int(found[0]), signal.SIGKILL)
+    log = rows(out)
+    assert found and process.wait() == 0 and len(log) == 4 and all(r["episodes"] + r["lost"] == 8 for r in log[:3]) and log[3]["iid_lost"] == 0
 
 
 def test_a_ppo_run_resumes_with_its_critic(tmp_path):
@@ -306,7 +326,7 @@ def one_line(text):
     (["--env", "nowhere"], "nowhere"), (["--colour", "red"], "--colour"), (["--steps", "many"], "--steps"),
     (["--env", "scienceworld", "--tasks", "no-such-task"], "no-such-task"), (["--env", "keyquest", "--tasks", "no-such-task"], "no-such-task"),
     (["--simplifications", "hard"], "hard"),
-    (["--group-size", "1"], "--group-size"), (["--model", "missing/path"], "missing/path"), (["--minibatches", "3"], "doesn't divide"),
+    (["--group-size", "1"], "--group-size"), (["--algo", "ppo", "--group-size", "0"], "--group-size"), (["--gae-lambda", "0.9"], "--algo ppo"), (["--model", "missing/path"], "missing/path"), (["--minibatches", "3"], "doesn't divide"),
     (["--kappa-l", "3"], "kappa_l"), (["--alpha", "-1"], "alpha"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
     (["--steps", "0"], "--steps"), (["--resume"], "no run"), (["--smoothing", "soft"], "soft"), (["--preset", "best"], "'best'"), (["--evaluate", "no/such/checkpoint.pt"], "no/such"), (["--algo", "ppo", "--gae-lambda", "1.5"], "--gae-lambda"),
     (["--smoothing", "indicator", "--entropy-coef", "0"], "indicator"), (["--device", "cuda"], "GPU")])
