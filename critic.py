@@ -7,7 +7,7 @@ import copy
 
 import torch
 
-from rollout import pad_left
+from rollout import by_length, pad_left
 
 
 class Critic(torch.nn.Module):
@@ -27,8 +27,11 @@ class Critic(torch.nn.Module):
         return self.head(hidden.last_hidden_state[:, -1].float())[:, 0]
 
     @torch.no_grad()
-    def values(self, turns, micro_batch):
-        return torch.cat([self(turns[i:i + micro_batch]) for i in range(0, len(turns), micro_batch)]).cpu()
+    def values(self, turns, tokens_per_batch):
+        values = torch.zeros(len(turns))
+        for part in by_length(turns, range(len(turns)), tokens_per_batch):
+            values[part] = self([turns[i] for i in part]).cpu()
+        return values
 
 
 def value_loss(values, old_values, targets, clip):
@@ -47,8 +50,7 @@ def update_critic(critic, optimizer, turns, old_values, targets, cfg):
     """One pass over the step's turns in cfg.critic_minibatches updates. -> what is logged."""
     total, norms = 0.0, []
     for part in torch.randperm(len(turns)).chunk(cfg.critic_minibatches):
-        part = part[torch.tensor([len(turns[i].prompt) for i in part]).argsort()]      # by length: less padding
-        for m in part.split(cfg.micro_batch):
+        for m in by_length(turns, part.tolist(), cfg.tokens_per_batch):
             values = critic([turns[i] for i in m])
             loss = value_loss(values, old_values[m].to(values), targets[m].to(values), cfg.value_clip) * len(m) / len(part)
             loss.backward()

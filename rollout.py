@@ -130,18 +130,36 @@ def generate(policy, prompts, temperature, max_tokens, generator=None):
     return results
 
 
-def score(model, turns, temperature=1.0):
-    """Log-prob and entropy of what was written, by the model as it is now: (N, L), (N, L), and the mask (N, L).
+def written_states(model, turns):
+    """What the model holds just before each token that it wrote: hidden (T, d), with the tokens (T,) and their turns' numbers
+    (T,), turn after turn, without padding.
 
-    Rows are [left padding | prompt | written | right padding], so the last L columns are the written tokens of every row and
-    logits are made for these alone.
+    Rows are [left padding | prompt | written | right padding], so the states wanted are the L columns before the last. They
+    alone meet the output matrix (`score`): with a vocabulary of 152,000 the logits of the prompts would be most of the memory.
     """
     ids, attention = pad_left([t.prompt for t in turns], model.device)
     written, mask = pad_right([t.written for t in turns], model.device)                                # (N, L)
     ids, attention = torch.cat([ids, written], 1), torch.cat([attention, mask], 1)                     # (N, P + L)
-    logits = model(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-                   logits_to_keep=written.shape[1] + 1, use_cache=False).logits[:, :-1]                               # (N, L, V)
-    return *token_logp_and_entropy(logits, written, temperature), mask
+    hidden = model.base_model(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+                              use_cache=False).last_hidden_state[:, -1 - written.shape[1]:-1]          # (N, L, d)
+    turn, column = mask.nonzero(as_tuple=True)
+    return hidden[turn, column], written[turn, column], turn
+
+
+def score(model, hidden, tokens, temperature=1.0):
+    """Log-prob and entropy of written tokens, from `written_states`: (T, d), (T,) -> (T, 1), (T, 1): every token a row of its own."""
+    return token_logp_and_entropy(model.get_output_embeddings()(hidden).unsqueeze(1), tokens.unsqueeze(1), temperature)
+
+
+def by_length(turns, indices, budget):
+    """`indices` of turns in micro-batches of at most `budget` tokens, padding counted; a turn longer than that is alone."""
+    parts = []
+    for i in sorted(indices, key=lambda i: len(turns[i].prompt) + len(turns[i].written)):
+        together = [turns[j] for j in [*parts[-1], i]] if parts else []
+        if not together or len(together) * (max(len(t.prompt) for t in together) + max(len(t.written) for t in together)) > budget:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
 
 
 def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator=None, progress=None):

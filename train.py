@@ -25,7 +25,7 @@ from critic import Critic, update_critic
 from envs import ALFWorld, KeyQuest, ScienceWorld, SetupError
 from epo import EntropyHistory, beta, epo_loss, gae, group_advantages, smoothing_loss, token_weights
 from presets import PRESETS
-from rollout import collect, load_policy, pad_right, score, transcript
+from rollout import by_length, collect, load_policy, pad_right, score, transcript, written_states
 from sweep import rows as rows_of, summary
 from variants import decayed_weights, shaped_advantages
 
@@ -50,7 +50,7 @@ class Config:
     group_size: int = option(8, "episodes of each task (the GRPO group)")
     temperature: float = option(1.0, "sampling temperature of training")
     minibatches: int = option(2, "optimizer updates per step; each takes an equal share of the episodes")
-    micro_batch: int = option(64, "turns per forward pass; memory only, it can't change a gradient")
+    tokens_per_batch: int = option(16384, "tokens per forward pass, padding counted; memory only, it can't change a gradient")
     lr: float = option(0.0, "learning rate at its peak; 0: what the tiny policy is made for, else 5e-6 (the paper)")
     warmup: float = option(0.05, "share of the steps in which the rate rises to lr (the paper: 0.1)")
     min_lr: float = option(0.2, "where the cosine ends, as a share of lr")
@@ -127,7 +127,7 @@ def parse(arguments):
 
 def check(cfg):
     """Refuse what can't work before anything starts. Raises SetupError."""
-    for name in ("steps", "tasks_per_step", "group_size", "minibatches", "micro_batch", "eval_every", "eval_episodes", "temperature",
+    for name in ("steps", "tasks_per_step", "group_size", "minibatches", "tokens_per_batch", "eval_every", "eval_episodes", "temperature",
                  "eval_temperature", "grad_clip", "clip", "critic_lr", "critic_minibatches", "value_clip"):
         if not getattr(cfg, name) > 0:
             raise SetupError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
@@ -198,6 +198,9 @@ def outcome(episode, cfg):
     return float(episode.success) if cfg.reward == "sparse" else max(episode.score, 0) / 100
 
 
+LOGITS_AT_ONCE = 2 ** 25       # 128 MB of float32; the loss and its gradient hold about six times that
+
+
 def kl_loss(logp, reference_logp, weights):
     """KL(π_θ ‖ π_start), the k3 estimator per token: e^d - d - 1 with d = log π_start - log π_θ; never negative. -> scalar"""
     d = reference_logp - logp
@@ -210,39 +213,47 @@ def update(policy, start_model, optimizer, episodes, advantages, reference, beta
     advantages (N,): one for each turn, in the order of the episodes and their turns.
     Weights are made once for the whole batch. A mini-batch takes its share of them times the number of mini-batches: an
     unbiased estimate of the batch's gradient, the same for every micro-batch size.
+    Memory: the loss is a sum over tokens, so it can be taken, and sent back as far as the last hidden states, for a few hundred
+    tokens at a time; only then does the gradient of those states go through the model. A (tokens × vocabulary) matrix and
+    the softmax of the entropy never exist whole, and nothing is computed twice.
     """
-    rows = [(turn, index) for index, e in enumerate(episodes) for turn in e.turns]
-    _, mask = pad_right([turn.written for turn, _ in rows], "cpu")
-    weights = token_weights(mask, torch.tensor([index for _, index in rows]), cfg.average).to(policy.model.device)   # (N, L)
+    turns, owner = [t for e in episodes for t in e.turns], [number for number, e in enumerate(episodes) for _ in e.turns]
+    _, mask = pad_right([t.written for t in turns], "cpu")
+    weights = token_weights(mask, torch.tensor(owner), cfg.average)                                                       # (N, L)
     order, parts = torch.randperm(len(episodes)).tolist(), min(cfg.minibatches, len(episodes))
+    head_rows = max(LOGITS_AT_ONCE // policy.model.config.vocab_size, 1)
     logged, norms = {}, []
     for part in range(parts):
         chosen = set(order[part::parts])
-        mine = sorted((i for i, (_, index) in enumerate(rows) if index in chosen), key=lambda i: len(rows[i][0].prompt))
-        for m in range(0, len(mine), cfg.micro_batch):
-            micro = mine[m:m + cfg.micro_batch]
-            turns = [rows[i][0] for i in micro]
-            logp, entropy, mask = score(policy.model, turns, cfg.temperature)                          # (n, l)
-            old_logp, _ = pad_right([t.logp for t in turns], logp.device)
-            w = weights[micro, :mask.shape[1]] * parts
-            a = advantages[micro].to(logp.device)                                                      # (n,)
-            a = shaped_advantages(a, entropy, cfg.shaping) if cfg.shaping else a
-            index = torch.tensor([t.index for t in turns], device=logp.device)
-            loss, log = epo_loss(logp, old_logp, entropy, a, w, reference, beta_k, cfg.entropy_coef, cfg.kappa_l, cfg.kappa_r, cfg.alpha,
-                                 cfg.smoothing, cfg.clip, decayed_weights(w, index, cfg.turns, cfg.entropy_decay) if cfg.entropy_decay else None)
-            if start_model is not None:
-                with torch.no_grad():
-                    start_logp, _, _ = score(start_model, turns, cfg.temperature)
-                kl = kl_loss(logp, start_logp, w)
-                loss = loss + cfg.kl_coef * kl
-                log["kl"], log["loss"] = kl.item(), loss.item()
-            loss.backward()
-            for name, value in log.items():
-                logged[name] = logged.get(name, 0.0) + value / parts
+        for micro in by_length(turns, [i for i, number in enumerate(owner) if number in chosen], cfg.tokens_per_batch):
+            mine, device = [turns[i] for i in micro], policy.model.device
+            hidden, tokens, turn = written_states(policy.model, mine)                                  # (T, d), (T,), (T,)
+            with torch.no_grad():
+                start_hidden = written_states(start_model, mine)[0] if start_model is not None else None
+            old_logp = torch.tensor([x for t in mine for x in t.logp], device=device).unsqueeze(1)     # (T, 1): a token per row
+            w = weights[micro][mask[micro] > 0].to(device).unsqueeze(1) * parts                        # (T, 1)
+            a, index = advantages[micro].to(device)[turn], torch.tensor([t.index for t in mine], device=device)[turn]      # (T,)
+            states = hidden.detach().requires_grad_()
+            for c in (slice(i, i + head_rows) for i in range(0, len(tokens), head_rows)):
+                logp, entropy = score(policy.model, states[c], tokens[c], cfg.temperature)             # (c, 1)
+                loss, log = epo_loss(
+                    logp, old_logp[c], entropy, shaped_advantages(a[c], entropy, cfg.shaping) if cfg.shaping else a[c], w[c], reference, beta_k,
+                    cfg.entropy_coef, cfg.kappa_l, cfg.kappa_r, cfg.alpha, cfg.smoothing, cfg.clip,
+                    decayed_weights(w[c], index[c], cfg.turns, cfg.entropy_decay) if cfg.entropy_decay else None)
+                if start_model is not None:
+                    with torch.no_grad():
+                        start_logp, _ = score(start_model, start_hidden[c], tokens[c], cfg.temperature)
+                    kl = kl_loss(logp, start_logp, w[c])
+                    loss = loss + cfg.kl_coef * kl
+                    log["kl"], log["loss"] = kl.item(), loss.item()
+                loss.backward()
+                for name, value in log.items():
+                    logged[name] = logged.get(name, 0.0) + value / parts
+            hidden.backward(states.grad)
             progress.update(len(micro))
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.grad_clip).item()
         if not all(value == value and abs(value) != float("inf") for value in (norm, logged["loss"])):
-            bad = {"turns": [asdict(turn) for turn, _ in rows], "episode": [index for _, index in rows], "advantages": advantages}
+            bad = {"turns": [asdict(t) for t in turns], "episode": owner, "advantages": advantages}
             write(os.path.join(cfg.out, "bad-batch.pt"), lambda file: torch.save(bad, file))
             raise SetupError(f"the loss or its gradient is not finite (loss {logged['loss']}, gradient norm {norm}); the last checkpoint is "
                              "untouched, the step's batch is in bad-batch.pt there: lower --lr or --entropy-coef")
@@ -367,7 +378,7 @@ def train(cfg):
                     groups = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
                     advantages = group_advantages(returns, torch.tensor([groups[e.task] for e in episodes]))[owner]
                 else:
-                    values = critic.values(turns, cfg.micro_batch)
+                    values = critic.values(turns, cfg.tokens_per_batch)
                     raw = gae(values, rewards, last_turn, cfg.discount, cfg.gae_lambda)
                     share = 1 / (len(episodes) * torch.bincount(owner)[owner])       # of a turn in Eq. 2's average: it must not
                     centred = raw - (raw * share).sum()                              # matter here that lost episodes are longer

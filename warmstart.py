@@ -23,8 +23,7 @@ import time
 import torch
 
 from envs import ALFWORLD_TASKS, ALFWorld, KeyQuest, ScienceWorld, find_alfworld
-from epo import token_weights
-from rollout import HERE, Turn, pad_left, score
+from rollout import HERE, Turn, pad_left, score, written_states
 
 SHOWN = {"find-animal": "animal", "find-non-living-thing": "non-living thing", "find-plant": "plant"}    # ScienceWorld's, and their words
 PLAYED = ("find-animal", "find-living-thing", "find-non-living-thing")
@@ -161,8 +160,9 @@ def clone(model, tokenizer, demos, epochs, rate, batch, reading, rng):
         rng.shuffle(turns)
         total = 0.0
         for i in range(0, steps * batch, batch):
-            logp, _, mask = score(model, turns[i:i + batch])
-            loss = -(logp * token_weights(mask, torch.arange(batch))).sum()
+            hidden, tokens, turn = written_states(model, turns[i:i + batch])
+            logp, _ = score(model, hidden, tokens)
+            loss = -(logp[:, 0] / turn.bincount()[turn]).sum() / batch              # mean over the tokens of a turn, then turns
             total += loss.item()
             if reading:
                 ids, attention = pad_left([t.prompt for t in turns[i:i + batch]], "cpu")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from envs import KeyQuest, Observation, Task, parse_chat
-from rollout import Turn, collect, generate, load_policy, score
+from rollout import Turn, by_length, collect, generate, load_policy, score, written_states
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +18,16 @@ def play(policy, n=8, turns=6, temperature=1.0, seed=0):
     return collect(world, policy, world.tasks("train")[:n], turns, temperature, 8, torch.Generator().manual_seed(seed))
 
 
-def difference(rows, matrix):
-    return max(abs(a - matrix[i, j].item()) for i, row in enumerate(rows) for j, a in enumerate(row))
+def scored(policy, turns, temperature=1.0):
+    """-> the log-probs (T,), entropies (T,) and turns (T,) of all that was written."""
+    hidden, tokens, turn = written_states(policy.model, turns)
+    logp, entropy = score(policy.model, hidden, tokens, temperature)
+    assert tokens.tolist() == [token for t in turns for token in t.written]
+    return logp[:, 0], entropy[:, 0], turn
+
+
+def difference(rows, values):
+    return (torch.tensor([x for row in rows for x in row]) - values).abs().max()
 
 
 @pytest.mark.parametrize("name,env", [("tiny", "keyquest"), ("tiny", "scienceworld"), ("tiny", "alfworld")])
@@ -30,10 +38,10 @@ def test_sampled_logp_and_entropy_equal_the_recomputed_ones(name, env, temperatu
                ("| You wake up. You see key. You carry nothing. >", "west east | A wall. >", "task find plant did see kitchen : red box >")]
     samples = generate(policy, prompts * 4, temperature, 12, torch.Generator().manual_seed(1))
     turns = [Turn(0, p, *s, "", None, "") for p, s in zip(prompts * 4, samples)]
-    logp, entropy, mask = score(policy.model, turns, temperature)
+    logp, entropy, turn = scored(policy, turns, temperature)
     assert difference([t.logp for t in turns], logp) < 1e-4
     assert difference([t.entropy for t in turns], entropy) < 1e-4
-    assert mask.sum(1).tolist() == [len(t.written) for t in turns]
+    assert turn.bincount().tolist() == [len(t.written) for t in turns]
 
 
 def test_a_turns_score_does_not_depend_on_its_batch(policy):
@@ -42,11 +50,19 @@ def test_a_turns_score_does_not_depend_on_its_batch(policy):
     turns = sorted((t for e in episodes for t in e.turns), key=lambda t: len(t.prompt))
     short, long = turns[0], turns[-1]
     long = Turn(0, long.prompt * 3, long.written * 2, [], [], "", None, "")
-    alone, entropy_alone, _ = score(policy.model, [short])
-    both, entropy_both, _ = score(policy.model, [short, long])
+    alone, entropy_alone, _ = scored(policy, [short])
+    both, entropy_both, _ = scored(policy, [short, long])
     n = len(short.written)
-    torch.testing.assert_close(both[0, :n], alone[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(entropy_both[0, :n], entropy_alone[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(both[:n], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy_both[:n], entropy_alone, atol=1e-5, rtol=0)
+
+
+def test_micro_batches_keep_to_their_budget_and_lose_no_turn():
+    turns = [Turn(0, [1] * p, [1] * w, [], [], "", None, "") for p, w in ((9, 1), (2, 1), (30, 5), (2, 8), (9, 1), (3, 1))]
+    parts = by_length(turns, [0, 1, 2, 3, 4], 20)
+    assert sorted(i for part in parts for i in part) == [0, 1, 2, 3, 4] and [2] in parts
+    assert all(len(part) * (max(len(turns[i].prompt) for i in part) + max(len(turns[i].written) for i in part)) <= 20 for part in parts if part != [2])
+    assert len(parts) == 4 and len(by_length(turns, range(6), 10 ** 9)) == 1
 
 
 def test_the_end_token_is_written_scored_and_last(policy):

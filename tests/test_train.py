@@ -16,6 +16,7 @@ import torch
 import train
 from critic import Critic, explained_variance, update_critic, value_loss
 from envs import KeyQuest, SetupError, Task
+from epo import epo_loss, token_logp_and_entropy
 from presets import PRESETS
 from rollout import HERE, collect, load_policy
 from variants import decayed_weights, shaped_advantages
@@ -73,14 +74,38 @@ def gradient(batch, **options):
     return taken, log
 
 
-def test_gradient_is_the_same_for_any_micro_batch_size(batch):
+def test_gradient_is_the_same_for_any_micro_batch_size(batch, monkeypatch):
     """The loss is divided by the whole batch's weights, so memory settings can't change what is learnt."""
-    (whole,), log = gradient(batch, micro_batch=1000)
+    (whole,), log = gradient(batch, tokens_per_batch=10 ** 6)
     assert whole.abs().max() > 1e-3
-    for size in (1, 3, 16):
-        (split,), other = gradient(batch, micro_batch=size)
+    for size, at_once in ((1, 2 ** 25), (50, 27), (300, 100), (10 ** 6, 27 * 5)):
+        monkeypatch.setattr(train, "LOGITS_AT_ONCE", at_once)                 # 1, 3 and 5 tokens, of a vocabulary of 27
+        (split,), other = gradient(batch, tokens_per_batch=size)
         assert (split - whole).abs().max() < 1e-5 * whole.abs().max()
         assert all(abs(other[k] - log[k]) < 1e-5 for k in log)
+
+
+def test_gradient_is_that_of_the_direct_formula(batch):
+    """`update` goes through the output matrix a few tokens at a time; here all logits of all tokens, one turn after another."""
+    (taken,), log = gradient(batch)
+    policy, episodes, advantages = batch
+    model = copy.deepcopy(policy.model).double()
+    start = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
+    loss, number = 0.0, 0
+    for e in episodes:
+        for t in e.turns:
+            ids, n = torch.tensor([t.prompt + t.written]), len(t.written)
+            logits, start_logits = model(ids).logits[:, -n - 1:-1], start(ids).logits[:, -n - 1:-1].detach()
+            tokens, w = torch.tensor([t.written]), torch.full((1, n), 1 / (n * len(e.turns) * len(episodes)), dtype=torch.float64)
+            logp, entropy = token_logp_and_entropy(logits, tokens)
+            part, _ = epo_loss(logp, torch.tensor([t.logp]), entropy, advantages[number:number + 1], w, 0.4, 1.5, 0.5, 0.5, 1.2, 1.0)
+            loss = loss + part + 0.3 * train.kl_loss(logp, token_logp_and_entropy(start_logits, tokens)[0], w)
+            number += 1
+    loss.backward()
+    direct = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (taken - direct).abs().max() < 1e-5 * direct.abs().max() and abs(loss.item() - log["loss"]) < 1e-6
 
 
 def test_mini_batches_are_an_unbiased_split_of_the_batch(batch):
@@ -253,11 +278,11 @@ def test_critic_learns_the_same_for_any_micro_batch(batch):
     policy, episodes, _ = batch
     turns, heads = [t for e in episodes for t in e.turns], []
     targets = torch.tensor([float(len(t.prompt) % 3) for t in turns])
-    for size in (1000, 3):
+    for size in (10 ** 6, 60):
         torch.manual_seed(0)
         critic = Critic(policy.model)
         optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
-        log = update_critic(critic, optimizer, turns, torch.zeros(len(turns)), targets, train.Config(critic_minibatches=2, micro_batch=size))
+        log = update_critic(critic, optimizer, turns, torch.zeros(len(turns)), targets, train.Config(critic_minibatches=2, tokens_per_batch=size))
         heads.append(critic.head.weight.detach())
     assert log["value_loss"] == pytest.approx(0.5 * (targets ** 2).mean().item(), rel=0.3)
     assert heads[0].abs().max() > 1e-3 and torch.allclose(*heads, atol=1e-6)
