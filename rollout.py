@@ -48,6 +48,7 @@ class Policy:
     tasks: tuple = ()               # a tiny policy's: the task types, turn limit and learning rate that it is made for
     turns: int = 0
     lr: float = 0.0
+    start: torch.nn.Module | None = None       # a frozen copy of the model as it was, for the KL; with LoRA there is no need of one
 
     def encode(self, world, past, now):
         if self.compact:
@@ -55,10 +56,23 @@ class Policy:
         return self.tokenizer.apply_chat_template([{"role": "user", "content": world.chat(past, now)}],
                                                   add_generation_prompt=True, return_dict=False)
 
+    def start_states(self, turns):
+        """`written_states` of the policy as it started: of the copy, or of the same model with its adapter off. No gradient."""
+        with torch.no_grad():
+            if self.start is not None:
+                return written_states(self.start, turns)
+            self.model.disable_adapters()
+            try:
+                return written_states(self.model, turns)
+            finally:
+                self.model.enable_adapters()
 
-def load_policy(name, env, device="cpu"):
-    """name: "tiny" (the warm-started policy in models/<env>), a folder, or a name on the hub. float32, in eval mode.
 
+def load_policy(name, env, device="cpu", dtype="float32", lora_rank=0):
+    """name: "tiny" (the warm-started policy in models/<env>), a folder, or a name on the hub.
+
+    dtype "bfloat16": matrix products in bfloat16. Weights that are trained stay float32 all the same: at a learning rate of 5e-6
+    an update is less than a bfloat16 weight can hold; only under LoRA, where they are frozen, are the model's own kept in it.
     Dropout stays off for good: log-probs of a rollout and of the update must agree. Raises SetupError in one line.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,17 +83,49 @@ def load_policy(name, env, device="cpu"):
         raise SetupError(f"there is no tiny policy for {env}; make one with `python warmstart.py --env {env}`")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32)
     except Exception as error:                                       # transformers raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SetupError(f"model {name!r} can't be had ({reason[:150]}); give a local folder, a name on the hub, or --model tiny") from error
     compact = getattr(model.config, "prompt", "chat") == "compact"
     if not compact and tokenizer.chat_template is None:
         raise SetupError(f"model {name!r} has no chat template; use an instruction-tuned model, or --model tiny")
+    head, ids = model.get_output_embeddings(), torch.arange(1, 9).unsqueeze(0)
+    if head is None or len(tokenizer) > len(head.weight) or not torch.allclose(
+            model(ids).logits, head(model.base_model(ids).last_hidden_state), atol=1e-3):
+        raise SetupError(f"model {name!r} can't be trained here: its logits must be an output matrix times the last hidden states, one row for "
+                         f"each of the tokenizer's {len(tokenizer)} tokens; use another model")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    if not compact:
+        model.activation_checkpointing_enable()
+    model.mixed = dtype == "bfloat16"
+    if lora_rank:
+        add_lora(model, "policy", lora_rank)
     end = model.generation_config.eos_token_id                       # some models end a turn with one of several tokens
     end = end if isinstance(end, list) else [tokenizer.eos_token_id if end is None else end]
     return Policy(model.to(device).eval(), tokenizer, end, compact, tuple(getattr(model.config, "tasks", ())),
                   getattr(model.config, "turns", 0), getattr(model.config, "lr", 0.0))
+
+
+def add_lora(model, adapter, rank):
+    """Freeze the model and give all its linear layers but the output matrix a float32 LoRA adapter, which starts as nothing."""
+    from peft import LoraConfig
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), adapter)
+    for p in trained(model, adapter).values():
+        p.data = p.data.float()
+
+
+def trained(model, adapter="policy"):
+    """The parameters that learn, by name: those of the adapter, or all of a model without LoRA."""
+    return {n: p for n, p in model.named_parameters() if f".{adapter}." in n} or dict(model.named_parameters())
+
+
+def precision(model):
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, "mixed", False))
 
 
 def pad_left(rows, device):
@@ -105,15 +151,24 @@ def generate(policy, prompts, temperature, max_tokens, generator=None):
     -> a list of (written ids, log-probs, entropies). generator: a torch.Generator on the model's device.
     """
     from transformers import DynamicCache
-    device = policy.model.device
-    ids, attention = pad_left(prompts, device)
+    model, device = policy.model.eval(), policy.model.device
     end = torch.tensor(policy.end, device=device)
-    live, cache = torch.arange(len(prompts), device=device), DynamicCache(config=policy.model.config)
+    live, cache = torch.arange(len(prompts), device=device), DynamicCache(config=model.config)
     results = [([], [], []) for _ in prompts]
-    position = (attention.cumsum(1) - 1).clamp(min=0)
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)                    # each row keeps a token to read
+    if shared >= 64:                                                     # the rules of the world: read once for all rows
+        with precision(model):
+            model(input_ids=torch.tensor([prompts[0][:shared]], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(prompts))
+    else:
+        shared = 0
+    ids, attention = pad_left([p[shared:] for p in prompts], device)
+    attention = torch.cat([attention.new_ones(len(prompts), shared), attention], 1)
+    position = (attention.cumsum(1) - 1).clamp(min=0)[:, shared:]
     for _ in range(max_tokens):
-        logits = policy.model(input_ids=ids, attention_mask=attention, position_ids=position, past_key_values=cache,
-                              use_cache=True, logits_to_keep=1).logits                        # (n, 1, V)
+        with precision(model):
+            logits = model(input_ids=ids, attention_mask=attention, position_ids=position, past_key_values=cache,
+                           use_cache=True, logits_to_keep=1).logits                           # (n, 1, V)
         token = (logits[:, 0].float() / temperature).softmax(-1).multinomial(1, generator=generator)   # (n, 1)
         logp, entropy = token_logp_and_entropy(logits, token, temperature)
         for i, *values in zip(live.tolist(), token[:, 0].tolist(), logp[:, 0].tolist(), entropy[:, 0].tolist()):
@@ -140,15 +195,19 @@ def written_states(model, turns):
     ids, attention = pad_left([t.prompt for t in turns], model.device)
     written, mask = pad_right([t.written for t in turns], model.device)                                # (N, L)
     ids, attention = torch.cat([ids, written], 1), torch.cat([attention, mask], 1)                     # (N, P + L)
-    hidden = model.base_model(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-                              use_cache=False).last_hidden_state[:, -1 - written.shape[1]:-1]          # (N, L, d)
+    model.train(torch.is_grad_enabled())                 # nothing drops out; this only switches gradient checkpointing
+    with precision(model):
+        hidden = model.base_model(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+                                  use_cache=False).last_hidden_state[:, -1 - written.shape[1]:-1]      # (N, L, d)
     turn, column = mask.nonzero(as_tuple=True)
     return hidden[turn, column], written[turn, column], turn
 
 
 def score(model, hidden, tokens, temperature=1.0):
     """Log-prob and entropy of written tokens, from `written_states`: (T, d), (T,) -> (T, 1), (T, 1): every token a row of its own."""
-    return token_logp_and_entropy(model.get_output_embeddings()(hidden).unsqueeze(1), tokens.unsqueeze(1), temperature)
+    with precision(model):
+        logits = model.get_output_embeddings()(hidden)
+    return token_logp_and_entropy(logits.unsqueeze(1), tokens.unsqueeze(1), temperature)
 
 
 def by_length(turns, indices, budget):

@@ -25,9 +25,12 @@ from critic import Critic, update_critic
 from envs import ALFWorld, KeyQuest, ScienceWorld, SetupError
 from epo import EntropyHistory, beta, epo_loss, gae, group_advantages, smoothing_loss, token_weights
 from presets import PRESETS
-from rollout import by_length, collect, load_policy, pad_right, score, transcript, written_states
+from rollout import by_length, collect, load_policy, pad_right, score, trained, transcript, written_states
 from sweep import rows as rows_of, summary
 from variants import decayed_weights, shaped_advantages
+
+
+INSTRUCT = "HuggingFaceTB/SmolLM2-360M-Instruct"
 
 
 def option(default, help, **more):
@@ -42,7 +45,9 @@ class Config:
     games: str = option("auto", "ALFWorld's: the downloaded ones, ones generated from a seed; auto: generated if none are here",
                         choices=("auto", "real", "generated"))
     turns: int = option(0, "turn limit of an episode; 0: what the tiny policy is made for, else the world's: 30, ALFWorld 50 (as the paper)")
-    model: str = option("tiny", "tiny, a folder, or a causal LM on the hub")
+    model: str = option("", f"tiny, a folder, or an instruct model on the hub; default: tiny on a CPU, {INSTRUCT} on a GPU")
+    lora_rank: int = option(0, "rank of LoRA adapters, which are then all that is trained; 0: all weights are")
+    dtype: str = option("auto", "of matrix products; auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "bfloat16", "float32"))
     max_tokens: int = option(0, "most tokens the policy may write in a turn; 0: 24 for a tiny policy, 512 for others")
     algo: str = option("grpo", "grpo: advantages from the other episodes of the group; ppo: from a critic, one per turn", choices=("grpo", "ppo"))
     steps: int = option(40, "RL steps K")
@@ -131,7 +136,7 @@ def check(cfg):
                  "eval_temperature", "grad_clip", "clip", "critic_lr", "critic_minibatches", "value_clip"):
         if not getattr(cfg, name) > 0:
             raise SetupError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
-    for name in ("turns", "lr", "entropy_coef", "kl_coef", "weight_decay", "invalid_penalty", "max_tokens", "warmup", "min_lr",
+    for name in ("turns", "lr", "lora_rank", "entropy_coef", "kl_coef", "weight_decay", "invalid_penalty", "max_tokens", "warmup", "min_lr",
                  "window", "shaping"):
         if not getattr(cfg, name) >= 0:
             raise SetupError(f"--{name.replace('_', '-')} must not be negative, not {getattr(cfg, name)}")
@@ -207,7 +212,7 @@ def kl_loss(logp, reference_logp, weights):
     return ((d.exp() - d - 1) * weights).sum()
 
 
-def update(policy, start_model, optimizer, episodes, advantages, reference, beta_k, cfg, progress):
+def update(policy, optimizer, episodes, advantages, reference, beta_k, cfg, progress):
     """One pass over the step's episodes in cfg.minibatches optimizer updates. -> the log of the losses, summed over the batch.
 
     advantages (N,): one for each turn, in the order of the episodes and their turns.
@@ -227,9 +232,8 @@ def update(policy, start_model, optimizer, episodes, advantages, reference, beta
         chosen = set(order[part::parts])
         for micro in by_length(turns, [i for i, number in enumerate(owner) if number in chosen], cfg.tokens_per_batch):
             mine, device = [turns[i] for i in micro], policy.model.device
+            start_hidden = policy.start_states(mine)[0] if cfg.kl_coef else None
             hidden, tokens, turn = written_states(policy.model, mine)                                  # (T, d), (T,), (T,)
-            with torch.no_grad():
-                start_hidden = written_states(start_model, mine)[0] if start_model is not None else None
             old_logp = torch.tensor([x for t in mine for x in t.logp], device=device).unsqueeze(1)     # (T, 1): a token per row
             w = weights[micro][mask[micro] > 0].to(device).unsqueeze(1) * parts                        # (T, 1)
             a, index = advantages[micro].to(device)[turn], torch.tensor([t.index for t in mine], device=device)[turn]      # (T,)
@@ -240,9 +244,9 @@ def update(policy, start_model, optimizer, episodes, advantages, reference, beta
                     logp, old_logp[c], entropy, shaped_advantages(a[c], entropy, cfg.shaping) if cfg.shaping else a[c], w[c], reference, beta_k,
                     cfg.entropy_coef, cfg.kappa_l, cfg.kappa_r, cfg.alpha, cfg.smoothing, cfg.clip,
                     decayed_weights(w[c], index[c], cfg.turns, cfg.entropy_decay) if cfg.entropy_decay else None)
-                if start_model is not None:
+                if cfg.kl_coef:
                     with torch.no_grad():
-                        start_logp, _ = score(start_model, start_hidden[c], tokens[c], cfg.temperature)
+                        start_logp, _ = score(policy.start or policy.model, start_hidden[c], tokens[c], cfg.temperature)
                     kl = kl_loss(logp, start_logp, w[c])
                     loss = loss + cfg.kl_coef * kl
                     log["kl"], log["loss"] = kl.item(), loss.item()
@@ -302,18 +306,29 @@ def load_checkpoint(path, device):
                          "with another --out") from error
 
 
+def restore(parameters, saved):
+    """Put a checkpoint's values into the parameters, by name."""
+    for name, p in parameters.items():
+        p.data.copy_(saved[name])
+
+
 def train(cfg):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     path = lambda name: os.path.join(cfg.out, name)
     saved = load_checkpoint(cfg.evaluate, device) if cfg.evaluate else \
         load_checkpoint(path("checkpoint.pt"), device) if cfg.resume and os.path.exists(path("checkpoint.pt")) else None
-    policy = load_policy(cfg.model, cfg.env, device)
+    cfg.model = cfg.model or ("tiny" if device == "cpu" else INSTRUCT)
+    dtype = ("float32" if device == "cpu" else "bfloat16") if cfg.dtype == "auto" else cfg.dtype
+    if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SetupError(f"{torch.cuda.get_device_name()} has no bfloat16: use --dtype float32")
+    torch.manual_seed(cfg.seed)                        # LoRA's adapters start at random
+    policy = load_policy(cfg.model, cfg.env, device, dtype, cfg.lora_rank)
     cfg.lr = cfg.lr or policy.lr or 5e-6
     limit = cfg.max_tokens or (24 if policy.compact else 512)
-    start_model = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef else None
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    critic = Critic(policy.model) if cfg.algo == "ppo" else None
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, weight_decay=cfg.weight_decay) if critic else None
+    policy.start = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef and not cfg.lora_rank else None
+    optimizer = torch.optim.AdamW(trained(policy.model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    critic = Critic(policy.model, cfg.lora_rank) if cfg.algo == "ppo" else None
+    critic_optimizer = torch.optim.AdamW(critic.trained().values(), lr=cfg.critic_lr, weight_decay=cfg.weight_decay) if critic else None
     history, first = EntropyHistory(cfg.window or None), 0
 
     with make_world(cfg, policy) as world:
@@ -322,11 +337,11 @@ def train(cfg):
         eval_tasks = {split: draw(world.tasks(split), cfg.eval_episodes, 0) for split in ("iid", "ood")}   # the same for every seed
         step_tasks = lambda step: [t for t in draw(train_tasks, cfg.tasks_per_step, f"{cfg.seed} {step}") for _ in range(cfg.group_size)]
         if saved:
-            policy.model.load_state_dict(saved["model"])
+            restore(trained(policy.model), saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             history.load_state_dict(saved["history"])
             if critic:
-                critic.load_state_dict(saved["critic"])
+                restore(critic.trained(), saved["critic"])
                 critic_optimizer.load_state_dict(saved["critic_optimizer"])
             first = saved["step"]
         if cfg.evaluate:
@@ -389,7 +404,7 @@ def train(cfg):
                 lr = learning_rate(step, cfg)
                 set_rate(optimizer, lr)
                 with bar(f"step {step} update", len(turns)) as progress:
-                    losses = update(policy, start_model, optimizer, episodes, advantages, reference, beta_k, cfg, progress)
+                    losses = update(policy, optimizer, episodes, advantages, reference, beta_k, cfg, progress)
                 if critic is not None:
                     set_rate(critic_optimizer, lr / cfg.lr * cfg.critic_lr)
                     losses.update(update_critic(critic, critic_optimizer, turns, values, raw + values, cfg))
@@ -413,9 +428,9 @@ def train(cfg):
             log.write(json.dumps(row) + "\n")          # the row first, then the checkpoint: --resume drops a row too many
             log.flush()
             os.fsync(log.fileno())
-            state = {"step": step + 1, "model": policy.model.state_dict(), "optimizer": optimizer.state_dict(), "history": history.state_dict()}
+            state = {"step": step + 1, "model": trained(policy.model), "optimizer": optimizer.state_dict(), "history": history.state_dict()}
             if critic:
-                state.update(critic=critic.state_dict(), critic_optimizer=critic_optimizer.state_dict())
+                state.update(critic=critic.trained(), critic_optimizer=critic_optimizer.state_dict())
             write(path("checkpoint.pt"), lambda file: torch.save(state, file))
             print(report(row), flush=True)
     found = summary(rows_of(cfg.out), 2)
@@ -457,6 +472,11 @@ def main():
         train(parse(sys.argv[1:]))
     except (SetupError, OSError) as error:             # an OSError here is a disk that can't be written
         sys.exit(f"train.py: {error}")
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        sys.exit("train.py: out of memory; lower --tokens-per-batch (in the update), --group-size or --max-tokens (in the rollout), or use "
+                 f"--lora-rank or a smaller --model; go on with --resume where a flag needn't change ({str(error).splitlines()[0][:100]})")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; go on with --resume (and the same --out): at most the step in progress is lost")
 
