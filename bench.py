@@ -1,0 +1,237 @@
+"""Speed and memory, side by side: python bench.py [environment] [rollout] [loss] [step] [gpu] [--out bench.json]
+
+Each part does the same work in several ways, in one run on this machine, prints a table and adds it to the JSON. Ratios carry
+over to other machines, times don't. Without names: all parts that can be run here.
+"""
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import torch
+
+from envs import ScienceWorld
+from epo import epo_loss, token_logp_and_entropy
+from rollout import collect, load_policy, parse_compact
+
+clock = time.perf_counter
+
+
+def megabytes(pids):
+    """Memory of processes, shared pages divided among their users (Linux)."""
+    total = 0
+    for pid in pids:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            total += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+    return total / 1024
+
+
+def table(title, rows):
+    """Print rows of {column: value} and give them back. Numbers get three digits."""
+    columns = list(rows[0])
+    text = [[f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in [columns, *text]) for i in range(len(columns))]
+    print(f"\n{title}")
+    for line in [columns, *text]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- environment
+def environment(episodes=32, stock=4, turns=10):
+    """The same gold actions in our many-episodes simulators and in `ScienceWorldEnv`, one process for each episode."""
+    from scienceworld import ScienceWorldEnv
+    rows = []
+    for objects, label in ((False, "ours, compact prompt"), (True, "ours, chat prompt (objects in sight)")):
+        with ScienceWorld(("find-animal", "find-plant", "boil"), objects=objects, jvms=1) as world:
+            tasks = world.tasks("train")[::10][:episodes]
+            plans = [(world.gold(t) + ["look around"] * turns)[:turns] for t in tasks]
+            world.reset(tasks)
+            start, done = clock(), 0
+            live = set(range(len(tasks)))
+            for t in range(turns):
+                seen = world.step({i: plans[i][t] for i in live})
+                done += len(seen)
+                live -= {i for i, o in seen.items() if o.done}
+            rows.append({"way": label, "episodes": len(tasks), "processes": 1, "turns/s": done / (clock() - start),
+                         "MB": megabytes([world.jvms[0].process.pid])})
+    os.environ["PATH"] = os.path.dirname(world.jvms[0].java) + os.pathsep + os.environ["PATH"]
+    envs, before = [], children("java")
+    for task in tasks[:stock]:
+        env = ScienceWorldEnv("", envStepLimit=100)
+        env.load(task.name, task.variation, "easy")
+        env.reset()
+        envs.append(env)
+    start, done = clock(), 0
+    for env, plan in zip(envs, plans):
+        for action in plan:
+            done += 1
+            if env.step(action)[2]:
+                break
+    seconds = clock() - start
+    memory = megabytes(children("java") - before)
+    for env in envs:
+        env.close()
+    rows.append({"way": "ScienceWorldEnv, a process per episode", "episodes": stock, "processes": stock, "turns/s": done / seconds, "MB": memory})
+    for row in rows:
+        row["MB for 32 (extrapolated)"] = row["MB"] * (32 / row["episodes"] if row["processes"] > 1 else 1)
+        row["speed"] = row["turns/s"] / rows[-1]["turns/s"]
+    return table("ScienceWorld: stepping", rows)
+
+
+def children(name):
+    """Process ids of this process's descendants whose command is `name`."""
+    parents = {}
+    for line in subprocess.run(["ps", "-eo", "pid=,ppid=,comm="], capture_output=True, text=True).stdout.splitlines():
+        pid, parent, command = line.split(None, 2)
+        parents[int(pid)] = int(parent), command
+    ours = lambda pid: pid in parents and (parents[pid][0] == os.getpid() or ours(parents[pid][0]))
+    return {pid for pid, (_, command) in parents.items() if command == name and ours(pid)}
+
+
+# ----------------------------------------------------------------------------------------------------------- rollout
+def stock_generate(policy, prompts, limit):
+    """`model.generate`, left padding, whole softmax: the texts."""
+    ids = policy.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    with torch.no_grad():
+        out = policy.model.generate(**ids, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=limit)
+    return policy.tokenizer.batch_decode(out[:, ids["input_ids"].shape[1]:], skip_special_tokens=True)
+
+
+def play_stock(policy, world, tasks, turns, keep):
+    """Episodes with `model.generate`, together; keep: finished ones stay in the batch until all are done. -> turns played"""
+    now, past, played = dict(enumerate(world.reset(tasks))), [[] for _ in tasks], 0
+    live = set(now)
+    for _ in range(turns):
+        rows = list(now) if keep else sorted(live)
+        texts = stock_generate(policy, [policy.encode(world, past[i], now[i]) for i in rows], 24)
+        actions = {i: parse_compact(text) for i, text in zip(rows, texts) if i in live}
+        seen = world.step(actions)
+        for i, o in seen.items():
+            past[i].append((now[i], actions[i]))
+            now[i] = o
+        played += len(seen)
+        live -= {i for i, o in seen.items() if o.done}
+        if not live:
+            break
+    return played
+
+
+def rollout(episodes=64, alone=8):
+    """Turns per second of whole episodes on real ScienceWorld with the tiny policy; loading is left out."""
+    policy, rows = load_policy("tiny", "scienceworld"), []
+    policy.tokenizer.padding_side = "left"
+    with ScienceWorld(policy.tasks) as world:
+        tasks = random.Random(0).sample(world.tasks("train"), episodes)
+        one = lambda: sum(play_stock(policy, world, [task], policy.turns, False) for task in tasks[:alone])
+        batch = lambda: play_stock(policy, world, tasks, policy.turns, True)
+        ours = lambda: sum(len(e.turns) for e in collect(world, policy, tasks, policy.turns, 1.0, 24, torch.Generator().manual_seed(0))[0])
+        for label, play, n in (("one episode at a time, model.generate", one, alone), ("padded batch that keeps finished episodes", batch, episodes),
+                               ("ours", ours, episodes)):
+            world.reset(tasks[:n])
+            loading = clock()
+            world.reset(tasks[:n])                          # what `play` will spend on it
+            loading = clock() - loading
+            start = clock()
+            played = play()
+            rows.append({"way": label, "episodes": n, "turns": played, "turns/s": played / max(clock() - start - loading, 1e-3)})
+    for row in rows:
+        row["speed"] = row["turns/s"] / rows[0]["turns/s"]
+    return table("Rollout: the tiny policy on ScienceWorld", rows)
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+def loss_once(way, tokens, width, vocabulary):
+    """Forward and backward of log-prob, entropy and EPO loss from hidden states. -> seconds, peak megabytes above the start"""
+    import resource
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = (0.02 * torch.randn(vocabulary, width, device=device)).requires_grad_()
+    hidden = torch.randn(tokens, width, device=device, requires_grad=True)
+    written = torch.randint(vocabulary, (tokens,), device=device)
+    w, a = torch.full((tokens, 1), 1 / tokens, device=device), torch.randn(tokens, device=device)
+    peak = lambda: torch.cuda.max_memory_allocated() / 2 ** 20 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def backward(h, s):
+        if way == "trl":                                    # as its GRPOTrainer makes them, with the entropy's gradient
+            from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+            logits = (h @ weight.T).unsqueeze(0)
+            logp, entropy = selective_log_softmax(logits, written[s].unsqueeze(0)).T, entropy_from_logits(logits).T
+        else:
+            logp, entropy = token_logp_and_entropy((h @ weight.T).unsqueeze(1), written[s].unsqueeze(1))
+        epo_loss(logp, logp.detach(), entropy, a[s], w[s], 5.0, 1.5)[0].backward()
+    before, start = peak(), clock()
+    if way == "ours":                                       # the loop of train.update
+        from train import LOGITS_AT_ONCE
+        states = hidden.detach().requires_grad_()
+        for i in range(0, tokens, LOGITS_AT_ONCE // vocabulary):
+            s = slice(i, i + LOGITS_AT_ONCE // vocabulary)
+            backward(states[s], s)
+        hidden.backward(states.grad)
+    else:
+        backward(hidden, slice(None))
+    checksum = hidden.grad.abs().sum().item()               # also waits for a GPU
+    return clock() - start, peak() - before, checksum
+
+
+def loss(tokens=2048, width=896, vocabulary=151_936):
+    """Each way in a process of its own, because a peak can't be reset. width and vocabulary are Qwen2.5-0.5B's."""
+    rows = []
+    for way in ("direct", "trl", "ours"):
+        result = subprocess.run([sys.executable, os.path.abspath(__file__), "--loss-once", way, str(tokens), str(width), str(vocabulary)],
+                                capture_output=True, text=True)
+        if result.returncode:
+            print(f"loss, {way}: left out ({(result.stderr.strip().splitlines() or ['it was killed: too little memory?'])[-1][:100]})")
+            continue
+        seconds, peak, checksum = json.loads(result.stdout)
+        rows.append({"way": way, "tokens": tokens, "seconds": seconds, "peak MB": peak, "|∂L/∂h|": checksum})
+    for row in rows:
+        row["time"], row["memory"] = row["seconds"] / rows[0]["seconds"], row["peak MB"] / rows[0]["peak MB"]
+    return table(f"Loss: log-prob, entropy and EPO, forward and backward, V = {vocabulary}, d = {width}", rows)
+
+
+# -------------------------------------------------------------------------------------------------------------- step
+def step(*_):
+    """Whole RL steps of train.py on ScienceWorld with the tiny policy: seconds by part."""
+    import tempfile
+    rows = []
+    for episodes, turns in ((8, 12), (16, 12), (32, 12), (64, 12), (32, 6), (32, 24)):
+        with tempfile.TemporaryDirectory() as folder:
+            out = os.path.join(folder, "run")
+            subprocess.run([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), "--steps", "3", "--tasks-per-step",
+                            str(episodes // 8), "--turns", str(turns), "--eval-episodes", "1", "--out", out], check=True, stdout=subprocess.DEVNULL)
+            log = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))][1:3]
+        mean = lambda key: sum(row[key] for row in log) / len(log)
+        rows.append({"episodes": episodes, "turn limit": turns, "turns": mean("turns"),
+                     **{part: mean(f"seconds_{part}") for part in ("load", "generate", "environment", "train")}, "step": mean("seconds")})
+        rows[-1]["ms a turn"] = 1000 * rows[-1]["step"] / rows[-1]["turns"]
+    return table("One RL step, seconds (means of two steps)", rows)
+
+
+PARTS = {"environment": environment, "rollout": rollout, "loss": loss, "step": step}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
+    parser.add_argument("--out", default="bench.json", help="results of earlier runs in it are kept, part by part")
+    parser.add_argument("--loss-once", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.loss_once:
+        way, *sizes = args.loss_once
+        return print(json.dumps(loss_once(way, *map(int, sizes))))
+    if unknown := set(args.parts) - PARTS.keys():
+        parser.exit(2, f"bench.py: unknown part {unknown.pop()!r}; there are: {', '.join(PARTS)}\n")
+    found = json.load(open(args.out)) if os.path.exists(args.out) else {}
+    for part in args.parts or PARTS:
+        found[part] = PARTS[part]()
+        with open(args.out, "w") as file:
+            json.dump({**found, "threads": torch.get_num_threads(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
+                      file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
