@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python bench.py [environment] [rollout] [loss] [step] [gpu] [--out bench.json]
+"""Speed and memory, side by side: python bench.py [environment] [alfworld] [rollout] [loss] [step] [--out bench.json]
 
 Each part does the same work in several ways, in one run on this machine, prints a table and adds it to the JSON. Ratios carry
 over to other machines, times don't. Without names: all parts that can be run here.
@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from envs import ScienceWorld
+from envs import ALFWorld, ScienceWorld, find_alfworld
 from epo import epo_loss, token_logp_and_entropy
 from rollout import collect, load_policy, parse_compact
 
@@ -82,14 +82,61 @@ def environment(episodes=32, stock=4, turns=10):
     return table("ScienceWorld: stepping", rows)
 
 
+def alfworld(sizes=(16, 64), turns=(12, 3)):
+    """Random admissible commands in the real games, ours and in the stock `AlfredTWEnv` (which finds its games by reading them all)."""
+    folder = find_alfworld()
+    if folder is None:
+        return print("\nALFWorld: left out, there are no real games (`alfworld-download`)")
+    from alfworld.agents.environment.alfred_tw_env import AlfredTWEnv
+    config = {"dataset": {"data_path": f"{folder}/train", "eval_id_data_path": f"{folder}/valid_seen", "eval_ood_data_path": f"{folder}/valid_unseen",
+                          "num_train_games": -1, "num_eval_games": -1},
+              "env": {"goal_desc_human_anns_prob": 0, "task_types": [1, 2, 3, 4, 5, 6], "domain_randomization": False, "expert_type": "handcoded"},
+              "general": {"training_method": "dqn"}, "rl": {"training": {"max_nb_steps_per_episode": 50}}}
+    rows = []
+    for n, played in zip(sizes, turns):
+        rng = random.Random(0)
+        with ALFWorld(games="real") as world:
+            tasks, times = world.tasks("iid")[:n], [clock()]
+            now = dict(enumerate(world.reset(tasks)))
+            times.append(clock())
+            done = 0
+            for _ in range(10 * played):
+                seen = world.step({i: rng.choice(o.objects) for i, o in now.items() if not o.done})
+                done += len(seen)
+                now.update(seen)
+            times.append(clock())
+            memory = megabytes(children("python"))
+            world.reset(tasks)
+            times.append(clock())
+            rows.append({"way": "ours", "episodes": n, "turns/s": done / (times[2] - times[1]), "MB": memory, "first reset s": times[1] - times[0],
+                         "again s": times[3] - times[2]})
+        before = children("python")
+        stock = AlfredTWEnv(config, "eval_in_distribution").init_env(batch_size=n)
+        times = [clock()]
+        commands = stock.reset()[1]["admissible_commands"]
+        times.append(clock())
+        for _ in range(played):
+            commands = stock.step([rng.choice(c) for c in commands])[3]["admissible_commands"]
+        times.append(clock())
+        memory = megabytes(children("python") - before)
+        stock.reset()
+        times.append(clock())
+        stock.close()
+        rows.append({"way": "AlfredTWEnv", "episodes": n, "turns/s": played * n / (times[2] - times[1]), "MB": memory, "first reset s": times[1] - times[0],
+                     "again s": times[3] - times[2]})
+    for ours, stock in zip(rows[::2], rows[1::2]):
+        ours["speed"], stock["speed"] = ours["turns/s"] / stock["turns/s"], 1.0
+    return table("ALFWorld: stepping", rows)
+
+
 def children(name):
-    """Process ids of this process's descendants whose command is `name`."""
+    """Process ids of this process's descendants whose command begins with `name`."""
     parents = {}
     for line in subprocess.run(["ps", "-eo", "pid=,ppid=,comm="], capture_output=True, text=True).stdout.splitlines():
         pid, parent, command = line.split(None, 2)
         parents[int(pid)] = int(parent), command
     ours = lambda pid: pid in parents and (parents[pid][0] == os.getpid() or ours(parents[pid][0]))
-    return {pid for pid, (_, command) in parents.items() if command == name and ours(pid)}
+    return {pid for pid, (_, command) in parents.items() if command.startswith(name) and ours(pid)}
 
 
 # ----------------------------------------------------------------------------------------------------------- rollout
@@ -211,7 +258,7 @@ def step(*_):
     return table("One RL step, seconds (means of two steps)", rows)
 
 
-PARTS = {"environment": environment, "rollout": rollout, "loss": loss, "step": step}
+PARTS = {"environment": environment, "alfworld": alfworld, "rollout": rollout, "loss": loss, "step": step}
 
 
 def main():
