@@ -248,7 +248,7 @@ def step(*_):
     for episodes, turns in ((8, 12), (16, 12), (32, 12), (64, 12), (32, 6), (32, 24)):
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "run")
-            subprocess.run([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), "--steps", "3", "--tasks-per-step",
+            subprocess.run([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), "--model", "tiny", "--steps", "3", "--tasks-per-step",
                             str(episodes // 8), "--turns", str(turns), "--eval-episodes", "1", "--out", out], check=True, stdout=subprocess.DEVNULL)
             log = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))][1:3]
         mean = lambda key: sum(row[key] for row in log) / len(log)

@@ -27,7 +27,7 @@ class Critic(torch.nn.Module):
         else:
             self.body = copy.deepcopy(model.base_model)
             self.body.mixed = model.mixed
-        self.head = torch.nn.Linear(model.config.hidden_size, 1).to(model.device)
+        self.head = torch.nn.Linear(model.get_output_embeddings().weight.shape[1], 1).to(model.device)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 

@@ -6,6 +6,7 @@ not `model.generate`. Every turn is a fresh prompt (the paper's setting), not on
 """
 import os
 import time
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -90,17 +91,19 @@ def load_policy(name, env, device="cpu", dtype="float32", lora_rank=0):
     compact = getattr(model.config, "prompt", "chat") == "compact"
     if not compact and tokenizer.chat_template is None:
         raise SetupError(f"model {name!r} has no chat template; use an instruction-tuned model, or --model tiny")
-    head, ids = model.get_output_embeddings(), torch.arange(1, 9).unsqueeze(0)
-    if head is None or len(tokenizer) > len(head.weight) or not torch.allclose(
-            model(ids).logits, head(model.base_model(ids).last_hidden_state), atol=1e-3):
-        raise SetupError(f"model {name!r} can't be trained here: its logits must be an output matrix times the last hidden states, one row for "
-                         f"each of the tokenizer's {len(tokenizer)} tokens; use another model")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         elif hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    if not compact:
+    head, ids = model.get_output_embeddings(), torch.arange(1, 9).unsqueeze(0)
+    if head is None or len(tokenizer) > len(head.weight) or not torch.allclose(
+            model(ids).logits, head(model.base_model(ids).last_hidden_state), atol=1e-3):
+        raise SetupError(f"model {name!r} can't be trained here: its logits must be an output matrix times the last hidden states, one row for "
+                         f"each of the tokenizer's {len(tokenizer)} tokens; use another model")
+    if not torch.equal(model.train()(ids).logits, model.eval()(ids).logits):
+        raise SetupError(f"model {name!r} can't be trained here: it has a dropout that can't be switched off; use another model")
+    if not compact and model.supports_gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.mixed = dtype == "bfloat16"
     if lora_rank:
@@ -114,7 +117,9 @@ def load_policy(name, env, device="cpu", dtype="float32", lora_rank=0):
 def add_lora(model, adapter, rank):
     """Freeze the model and give all its linear layers but the output matrix a float32 LoRA adapter, which starts as nothing."""
     from peft import LoraConfig
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                              # peft warns of a second adapter
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), adapter)
     for p in trained(model, adapter).values():
         p.data = p.data.float()
 
@@ -125,6 +130,7 @@ def trained(model, adapter="policy"):
 
 
 def precision(model):
+    """The context in which a model's matrix products are made: bfloat16 if `load_policy` was asked for it."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, "mixed", False))
 
 
@@ -150,13 +156,14 @@ def generate(policy, prompts, temperature, max_tokens, generator=None):
 
     -> a list of (written ids, log-probs, entropies). generator: a torch.Generator on the model's device.
     """
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache, DynamicLayer
     model, device = policy.model.eval(), policy.model.device
     end = torch.tensor(policy.end, device=device)
     live, cache = torch.arange(len(prompts), device=device), DynamicCache(config=model.config)
     results = [([], [], []) for _ in prompts]
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)                    # each row keeps a token to read
-    if shared >= 64:                                                     # the rules of the world: read once for all rows
+    if shared >= 64 and all(type(layer) is DynamicLayer for layer in cache.layers):      # the rules of the world: read once for all
+        # rows; not under a sliding window, which would count the padding that then stands in the middle
         with precision(model):
             model(input_ids=torch.tensor([prompts[0][:shared]], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(prompts))

@@ -120,6 +120,8 @@ def parse(arguments):
             saved = json.load(open(os.path.join(cfg.out, "config.json")))
         except (OSError, ValueError) as error:
             raise SetupError(f"{flag}: {cfg.out} holds no run that can be read ({error})") from error
+        if saved.keys() != {f.name for f in fields(Config)}:
+            raise SetupError(f"{flag}: the run in {cfg.out} was made by a version with other flags; go on with that version")
         for name in given.keys() - {"out", "resume", "device"} if cfg.resume else ():
             if given[name] != saved[name]:
                 raise SetupError(f"--resume: --{name.replace('_', '-')} is {given[name]}, but the run in {cfg.out} has {saved[name]}; leave it out")
@@ -226,7 +228,7 @@ def update(policy, optimizer, episodes, advantages, reference, beta_k, cfg, prog
     _, mask = pad_right([t.written for t in turns], "cpu")
     weights = token_weights(mask, torch.tensor(owner), cfg.average)                                                       # (N, L)
     order, parts = torch.randperm(len(episodes)).tolist(), min(cfg.minibatches, len(episodes))
-    head_rows = max(LOGITS_AT_ONCE // policy.model.config.vocab_size, 1)
+    head_rows = max(LOGITS_AT_ONCE // len(policy.model.get_output_embeddings().weight), 1)
     logged, norms = {}, []
     for part in range(parts):
         chosen = set(order[part::parts])
@@ -298,9 +300,9 @@ def write(path, save):
         raise SetupError(f"could not write {path} ({error.strerror}); the file there before is untouched") from error
 
 
-def load_checkpoint(path, device):
+def load_checkpoint(path):
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                         # torch.load raises many kinds for a damaged file
         raise SetupError(f"{path} can't be read ({str(error).splitlines()[0][:100]}); resume or evaluate another run, or start again "
                          "with another --out") from error
@@ -315,8 +317,8 @@ def restore(parameters, saved):
 def train(cfg):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     path = lambda name: os.path.join(cfg.out, name)
-    saved = load_checkpoint(cfg.evaluate, device) if cfg.evaluate else \
-        load_checkpoint(path("checkpoint.pt"), device) if cfg.resume and os.path.exists(path("checkpoint.pt")) else None
+    saved = load_checkpoint(cfg.evaluate) if cfg.evaluate else \
+        load_checkpoint(path("checkpoint.pt")) if cfg.resume and os.path.exists(path("checkpoint.pt")) else None
     cfg.model = cfg.model or ("tiny" if device == "cpu" else INSTRUCT)
     dtype = ("float32" if device == "cpu" else "bfloat16") if cfg.dtype == "auto" else cfg.dtype
     if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -343,7 +345,7 @@ def train(cfg):
             if critic:
                 restore(critic.trained(), saved["critic"])
                 critic_optimizer.load_state_dict(saved["critic_optimizer"])
-            first = saved["step"]
+            first, saved = saved["step"], None
         if cfg.evaluate:
             values, _ = evaluate(world, policy, eval_tasks, cfg, limit, first - 1, bar("evaluate", 2 * cfg.eval_episodes))
             print(table(values))

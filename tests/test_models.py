@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import train
 from critic import Critic, update_critic
@@ -76,6 +76,18 @@ def test_sampled_logp_equals_the_scored_one_behind_a_shared_prefix_with_and_with
     logp, entropy = score(policy.model, hidden, tokens, 0.7)
     assert (logp[:, 0] - torch.tensor([x for t in turns for x in t.logp])).abs().max() < 1e-4
     assert (entropy[:, 0] - torch.tensor([x for t in turns for x in t.entropy])).abs().max() < 1e-4
+
+
+def test_a_sliding_window_shares_no_prefix(tmp_path):
+    """Its mask counts the padding that would stand between the shared part and the rest."""
+    save(tmp_path)
+    MistralForCausalLM(MistralConfig(vocab_size=850, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                     sliding_window=40, initializer_range=0.2, eos_token_id=0, bos_token_id=None, pad_token_id=0)).save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), "keyquest")
+    prompts = [[5] * 70 + [7, 8, 9] * n for n in (1, 4, 12, 30)]
+    turns = [Turn(0, p, *s, "", None, "") for p, s in zip(prompts, generate(policy, prompts, 1.0, 6, torch.Generator().manual_seed(0)))]
+    logp, _ = score(policy.model, *written_states(policy.model, turns)[:2])
+    assert (logp[:, 0] - torch.tensor([x for t in turns for x in t.logp])).abs().max() < 1e-4
 
 
 def test_gradient_checkpointing_changes_no_gradient_and_dropout_is_off(folder):
