@@ -13,9 +13,9 @@ import time
 
 import torch
 
-from envs import ALFWorld, ScienceWorld, find_alfworld
+from envs import ALFWorld, ScienceWorld, find_alfworld, parse_compact
 from epo import epo_loss, token_logp_and_entropy
-from rollout import collect, load_policy, parse_compact
+from rollout import HERE, collect, load_policy
 
 clock = time.perf_counter
 
@@ -170,7 +170,6 @@ def play_stock(policy, world, tasks, turns, keep):
 def rollout(episodes=64, alone=8):
     """Turns per second of whole episodes on real ScienceWorld with the tiny policy; loading is left out."""
     policy, rows = load_policy("tiny", "scienceworld"), []
-    policy.tokenizer.padding_side = "left"
     with ScienceWorld(policy.tasks) as world:
         tasks = random.Random(0).sample(world.tasks("train"), episodes)
         one = lambda: sum(play_stock(policy, world, [task], policy.turns, False) for task in tasks[:alone])
@@ -241,14 +240,14 @@ def loss(tokens=2048, width=896, vocabulary=151_936):
 
 
 # -------------------------------------------------------------------------------------------------------------- step
-def step(*_):
+def step():
     """Whole RL steps of train.py on ScienceWorld with the tiny policy: seconds by part."""
     import tempfile
     rows = []
     for episodes, turns in ((8, 12), (16, 12), (32, 12), (64, 12), (32, 6), (32, 24)):
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "run")
-            subprocess.run([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), "--model", "tiny", "--steps", "3", "--tasks-per-step",
+            subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--model", "tiny", "--steps", "3", "--tasks-per-step",
                             str(episodes // 8), "--turns", str(turns), "--eval-episodes", "1", "--out", out], check=True, stdout=subprocess.DEVNULL)
             log = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))][1:3]
         mean = lambda key: sum(row[key] for row in log) / len(log)

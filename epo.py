@@ -156,7 +156,8 @@ def epo_loss(logp, old_logp, entropy, advantages, weights, reference, beta_k, en
     """Eq. 6: L_EPO = L_MT - λ·[L_H - β_k·L_smooth] -> the loss (scalar) and a dict of floats to log.
 
     logp, old_logp, entropy, weights (N, L); advantages (N,) or (N, L); reference: H̄_W or None; λ = entropy_coef.
-    smoothing: "hinge", "indicator" or "off". entropy_weights (N, L): other weights for L_H alone (variants.py). Every logged value is a sum over weighted tokens, so those of micro-batches add.
+    smoothing: "hinge", "indicator" or "off". entropy_weights (N, L): other weights for L_H alone (variants.py).
+    Every logged value is a sum over weighted tokens, so those of micro-batches add.
     Note what Eq. 6 does to one token's entropy: ∂L/∂H is -λw(1 + α·β_k) below the floor, -λw inside, -λw(1 - α·β_k) above
     the cap. Only with α·β_k > 1 does the cap pull entropy back; with the paper's α it weakens the bonus by 5 to 20 %.
     """

@@ -97,11 +97,14 @@ def load_policy(name, env, device="cpu", dtype="float32", lora_rank=0):
         elif hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     head, ids = model.get_output_embeddings(), torch.arange(1, 9).unsqueeze(0)
-    if head is None or len(tokenizer) > len(head.weight) or not torch.allclose(
-            model(ids).logits, head(model.base_model(ids).last_hidden_state), atol=1e-3):
+    with torch.no_grad():
+        logits = model(ids).logits
+        product = head(model.base_model(ids).last_hidden_state) if head is not None else None
+        training_logits = model.train()(ids).logits
+    if head is None or len(tokenizer) > len(head.weight) or not torch.allclose(logits, product, atol=1e-3):
         raise SetupError(f"model {name!r} can't be trained here: its logits must be an output matrix times the last hidden states, one row for "
                          f"each of the tokenizer's {len(tokenizer)} tokens; use another model")
-    if not torch.equal(model.train()(ids).logits, model.eval()(ids).logits):
+    if not torch.equal(logits, training_logits):
         raise SetupError(f"model {name!r} can't be trained here: it has a dropout that can't be switched off; use another model")
     if not compact and model.supports_gradient_checkpointing:
         model.activation_checkpointing_enable()

@@ -32,12 +32,17 @@ def steps(folder):
         return None
 
 
+def finished(folder):
+    """The rows of a run that came to its end; else []."""
+    log = rows(folder)
+    return log if log and log[-1]["step"] == steps(folder) else []
+
+
 def run(preset, seed, folder, more):
     """Run, or go on, or do nothing. -> the exit status"""
-    log, wanted = rows(folder), steps(folder)
-    if log and log[-1]["step"] == wanted:
+    if finished(folder):
         return 0
-    arguments = ["--out", folder, "--resume"] if wanted else ["--preset", preset, "--seed", str(seed), "--out", folder, *more]
+    arguments = ["--out", folder, "--resume"] if steps(folder) else ["--preset", preset, "--seed", str(seed), "--out", folder, *more]
     with open(folder + ".txt", "a") as text:
         return subprocess.run([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), *arguments],
                               stdout=text, stderr=text).returncode
@@ -79,7 +84,7 @@ def main():
         for (_, _, folder), status in zip(runs, pool.map(lambda job: run(*job, more), runs)):
             if status:
                 print(f"sweep.py: {folder} ended with status {status}; see {folder}.txt", file=sys.stderr)
-    done = {folder: summary(log, args.last) for _, _, folder in runs if (log := rows(folder)) and log[-1]["step"] == steps(folder)}
+    done = {folder: summary(log, args.last) for _, _, folder in runs if (log := finished(folder))}
     found = {preset: [done[folder] for p, _, folder in runs if p == preset and folder in done] for preset in args.presets}
     found = {preset: numbers for preset, numbers in found.items() if numbers}
     cell = lambda numbers, form: "{:>23}".format(" / ".join(spread([n[form.format(split)] for n in numbers]) for split in ("iid", "ood")))
