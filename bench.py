@@ -1,9 +1,10 @@
-"""Speed and memory, side by side: python bench.py [environment] [alfworld] [rollout] [loss] [step] [--out bench.json]
+"""Speed and memory, side by side: python bench.py [environment] [alfworld] [rollout] [loss] [memory] [step] [--out bench.json]
 
 Each part does the same work in several ways, in one run on this machine, prints a table and adds it to the JSON. Ratios carry
 over to other machines, times don't. Without names: all parts that can be run here.
 """
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -167,6 +168,54 @@ def play_stock(policy, world, tasks, turns, keep):
     return played
 
 
+def trl_player(policy, world, tasks):
+    """TRL's GRPOTrainer with this world as its environment and our prompts as the replies of a tool. -> a function that plays the
+    tasks and gives the number of turns. It plays worse than it was trained to: what it reads is not one prompt but all so far."""
+    import copy
+    import tempfile
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from trl import GRPOConfig, GRPOTrainer
+    state, model, tokenizer = {}, copy.deepcopy(policy.model), copy.deepcopy(policy.tokenizer)           # slot -> past, now
+
+    class Play:
+        def reset(self, slot, **_):
+            self._slot = slot
+            return world.prompt(*state[slot])
+
+        def act(self, action: str) -> str:
+            """
+            Act.
+
+            Args:
+                action: The action.
+            """
+            past, now = state[self._slot]
+            past.append((now, parse_compact(action)))
+            now = world.step({self._slot: past[-1][1]})[self._slot]
+            state[self._slot] = past, now
+            return "task over" if now.done or len(past) == policy.turns else world.prompt(past, now)
+
+        def get_reward(self):
+            return 0.0
+    tokenizer.padding_side, model.config.max_position_embeddings = "left", 8192                          # so that nothing is cut
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c | tojson }}{% endfor %}"
+                               "{{ eos_token if m.role == 'assistant' }}{% endfor %}")
+    call = {"type": "function", "function": {"name": "act", "arguments": {"action": "{content}"}}}
+    tokenizer.response_template = {"start_anchor": "task ", "defaults": {"role": "assistant"}, "fields": {"tool_calls": {    # a prompt ends with
+        "open": "\n>", "close": tokenizer.eos_token, "content": "text", "transform": [call]}}}           # ">", "task over" has none: no call
+    trainer = GRPOTrainer(model, args=GRPOConfig(
+        output_dir=tempfile.gettempdir(), per_device_train_batch_size=len(tasks), num_generations=2, max_steps=1, report_to="none", bf16=False,
+        use_cpu=True, max_completion_length=8000, max_tool_calling_iterations=policy.turns, generation_kwargs={"max_new_tokens": 24}),
+        processing_class=tokenizer, environment_factory=Play)
+
+    def play():
+        state.update({slot: ([], now) for slot, now in enumerate(world.reset(tasks))})
+        trainer.model.train()
+        trainer._generate_and_score_completions([{"prompt": [{"role": "user", "content": ""}], "slot": slot} for slot in state])
+        return sum(len(past) for past, _ in state.values())
+    return play
+
+
 def rollout(episodes=64, alone=8):
     """Turns per second of whole episodes on real ScienceWorld with the tiny policy; loading is left out."""
     policy, rows = load_policy("tiny", "scienceworld"), []
@@ -175,8 +224,12 @@ def rollout(episodes=64, alone=8):
         one = lambda: sum(play_stock(policy, world, [task], policy.turns, False) for task in tasks[:alone])
         batch = lambda: play_stock(policy, world, tasks, policy.turns, True)
         ours = lambda: sum(len(e.turns) for e in collect(world, policy, tasks, policy.turns, 1.0, 24, torch.Generator().manual_seed(0))[0])
-        for label, play, n in (("one episode at a time, model.generate", one, alone), ("padded batch that keeps finished episodes", batch, episodes),
-                               ("ours", ours, episodes)):
+        ways = [("one episode at a time, model.generate", one, alone), ("padded batch that keeps finished episodes", batch, episodes)]
+        if importlib.util.find_spec("trl"):
+            ways.append(("TRL: one growing sequence an episode", trl_player(policy, world, tasks), episodes))
+        else:
+            print("rollout, TRL: left out (pip install -r requirements-trl.txt)")
+        for label, play, n in (*ways, ("ours", ours, episodes)):
             world.reset(tasks[:n])
             loading = clock()
             world.reset(tasks[:n])                          # what `play` will spend on it
@@ -192,14 +245,13 @@ def rollout(episodes=64, alone=8):
 # -------------------------------------------------------------------------------------------------------------- loss
 def loss_once(way, tokens, width, vocabulary):
     """Forward and backward of log-prob, entropy and EPO loss from hidden states. -> seconds, peak megabytes above the start"""
-    import resource
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = (0.02 * torch.randn(vocabulary, width, device=device)).requires_grad_()
     hidden = torch.randn(tokens, width, device=device, requires_grad=True)
     written = torch.randint(vocabulary, (tokens,), device=device)
     w, a = torch.full((tokens, 1), 1 / tokens, device=device), torch.randn(tokens, device=device)
-    peak = lambda: torch.cuda.max_memory_allocated() / 2 ** 20 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    memory = lambda key: getattr(torch.cuda, {"VmRSS": "memory_allocated", "VmHWM": "max_memory_allocated"}[key])() / 2 ** 20 if device == "cuda" else status(key)
 
     def backward(h, s):
         if way == "trl":                                    # as its GRPOTrainer makes them, with the entropy's gradient
@@ -209,7 +261,8 @@ def loss_once(way, tokens, width, vocabulary):
         else:
             logp, entropy = token_logp_and_entropy((h @ weight.T).unsqueeze(1), written[s].unsqueeze(1))
         epo_loss(logp, logp.detach(), entropy, a[s], w[s], 5.0, 1.5)[0].backward()
-    before, start = peak(), clock()
+    forget_peak()
+    before, start = memory("VmRSS"), clock()
     if way == "ours":                                       # the loop of train.update
         from train import LOGITS_AT_ONCE
         states = hidden.detach().requires_grad_()
@@ -220,14 +273,14 @@ def loss_once(way, tokens, width, vocabulary):
     else:
         backward(hidden, slice(None))
     checksum = hidden.grad.abs().sum().item()               # also waits for a GPU
-    return clock() - start, peak() - before, checksum
+    return clock() - start, memory("VmHWM") - before, checksum
 
 
 def loss(tokens=2048, width=896, vocabulary=151_936):
     """Each way in a process of its own, because a peak can't be reset. width and vocabulary are Qwen2.5-0.5B's."""
     rows = []
     for way in ("direct", "trl", "ours"):
-        result = subprocess.run([sys.executable, os.path.abspath(__file__), "--loss-once", way, str(tokens), str(width), str(vocabulary)],
+        result = subprocess.run([sys.executable, os.path.abspath(__file__), "--once", "loss_once", json.dumps([way, tokens, width, vocabulary])],
                                 capture_output=True, text=True)
         if result.returncode:
             print(f"loss, {way}: left out ({(result.stderr.strip().splitlines() or ['it was killed: too little memory?'])[-1][:100]})")
@@ -257,18 +310,88 @@ def step():
     return table("One RL step, seconds (means of two steps)", rows)
 
 
-PARTS = {"environment": environment, "alfworld": alfworld, "rollout": rollout, "loss": loss, "step": step}
+# ------------------------------------------------------------------------------------------------------------ memory
+def status(key):
+    """A line of this process's memory (Linux): VmRSS now, VmHWM at its peak; in MB."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
+
+
+def forget_peak():
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")                                     # VmHWM starts again
+
+
+def memory_once(case, layers, d, ffn, vocabulary, rank, algo, dtype):
+    """Two steps' updates of random episodes (or a rollout) with a random model, the second in full memory. -> MB measured and predicted"""
+    import copy
+    import memory
+    import train
+    from critic import Critic, update_critic
+    from rollout import Episode, Policy, Turn, add_lora, generate, trained
+    from transformers import AutoModelForCausalLM
+    config = memory.qwen(layers, d, 8, 2, ffn, vocabulary)
+    torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()          # the libraries' own memory
+    start = status("VmRSS")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if rank and dtype == "bfloat16" else torch.float32)
+    model.activation_checkpointing_enable()
+    model.mixed = dtype == "bfloat16"
+    if rank:
+        add_lora(model, "policy", rank)
+    policy = Policy(model.eval(), None, [], False, start=None if rank else copy.deepcopy(model).requires_grad_(False))
+    critic = Critic(model, rank) if algo == "ppo" else None
+    adam = lambda parameters: torch.optim.AdamW(parameters.values(), lr=1e-5, fused=True)
+    optimizer, critic_optimizer = adam(trained(model)), critic and adam(critic.trained())
+    rows, prompt, written = 8, 500, 16
+    tokens = rows // 2 * (prompt + written)                 # two micro-batches
+    cfg = train.Config(minibatches=1, critic_minibatches=1, tokens_per_batch=tokens)
+    turns = [Turn(0, torch.randint(1000, (prompt,)).tolist(), [5] * written, [-9.0] * written, [9.0] * written, "", None, "") for _ in range(rows)]
+    for _ in range(2):
+        forget_peak()
+        if case == "rollout":
+            generate(policy, [t.prompt for t in turns], 1.0, written)
+            continue
+        train.update(policy, optimizer, [Episode(None, [t]) for t in turns], torch.randn(rows), 5.0, 1.5, cfg, train.bar("", 1))
+        if critic:
+            update_critic(critic, critic_optimizer, turns, torch.zeros(rows), torch.ones(rows), cfg)
+    held, update, rollout = memory.parts(config, rank, algo == "ppo", True, dtype == "bfloat16", tokens, rows // 2 * written, rows, prompt + written)
+    if case == "rollout":
+        held["Adam"] = 0                                    # no step was taken yet
+    return status("VmHWM") - start, memory.total(held, rollout if case == "rollout" else update) / 2 ** 20
+
+
+def memory():
+    """The memory model of memory.py beside measured peaks, each in a process of its own that gives back what it frees."""
+    rows = []
+    for case in (("update", 30, 576, 1536, 49152, 0, "grpo", "float32"), ("update", 30, 576, 1536, 49152, 16, "grpo", "float32"),
+                 ("update", 30, 576, 1536, 49152, 16, "grpo", "bfloat16"), ("update", 8, 512, 2816, 151936, 0, "grpo", "float32"),
+                 ("update", 8, 512, 2816, 151936, 0, "ppo", "float32"), ("update", 8, 512, 2816, 151936, 16, "ppo", "float32"),
+                 ("rollout", 30, 576, 1536, 49152, 0, "grpo", "float32")):
+        result = subprocess.run([sys.executable, os.path.abspath(__file__), "--once", "memory_once", json.dumps(case)], capture_output=True, text=True,
+                                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+        if result.returncode:
+            print(f"memory, {case}: left out ({(result.stderr.strip().splitlines() or ['it was killed: too little memory?'])[-1][:100]})")
+            continue
+        measured, predicted = json.loads(result.stdout)
+        phase, layers, d, _, vocabulary, rank, algo, dtype = case
+        rows.append({"phase": phase, "layers": layers, "d": d, "V": vocabulary, "trained": f"LoRA {rank}" if rank else "all", "algo": algo, "dtype": dtype,
+                     "measured MB": measured, "predicted MB": predicted, "ratio": predicted / measured})
+    return table("Memory: peaks on the CPU and what memory.py says", rows)
+
+
+PARTS = {"environment": environment, "alfworld": alfworld, "rollout": rollout, "loss": loss, "memory": memory, "step": step}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
     parser.add_argument("--out", default="bench.json", help="results of earlier runs in it are kept, part by part")
-    parser.add_argument("--loss-once", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--once", nargs=2, help=argparse.SUPPRESS)                      # one measurement, for a process of its own
     args = parser.parse_args()
-    if args.loss_once:
-        way, *sizes = args.loss_once
-        return print(json.dumps(loss_once(way, *map(int, sizes))))
+    if args.once:
+        return print(json.dumps(globals()[args.once[0]](*json.loads(args.once[1]))))
     if unknown := set(args.parts) - PARTS.keys():
         parser.exit(2, f"bench.py: unknown part {unknown.pop()!r}; there are: {', '.join(PARTS)}\n")
     found = json.load(open(args.out)) if os.path.exists(args.out) else {}

@@ -279,3 +279,10 @@ def transcript(episode):
     for turn in episode.turns:
         lines += ["", f"--- turn {turn.index + 1}", turn.observation, f"> {turn.text}" + ("   [invalid]" if turn.invalid else "")]
     return "\n".join(lines) + "\n"
+
+
+def token_transcript(episode, tokenizer):
+    """One episode with the entropy of every token that the policy wrote, for `plot.py`."""
+    turns = [{"observation": t.observation, "tokens": [tokenizer.decode([token]) for token in t.written],
+              "entropy": t.entropy, "action": t.action, "invalid": t.invalid} for t in episode.turns]
+    return {"task": episode.task.name, "variation": episode.task.variation, "success": episode.success, "score": episode.score, "turns": turns}

@@ -25,7 +25,7 @@ from critic import Critic, update_critic
 from envs import ALFWorld, KeyQuest, ScienceWorld, SetupError
 from epo import EntropyHistory, beta, epo_loss, gae, group_advantages, smoothing_loss, token_weights
 from presets import PRESETS
-from rollout import by_length, collect, load_policy, pad_right, score, trained, transcript, written_states
+from rollout import by_length, collect, load_policy, pad_right, score, token_transcript, trained, transcript, written_states
 from sweep import rows as rows_of, summary
 from variants import decayed_weights, shaped_advantages
 
@@ -241,14 +241,15 @@ def update(policy, optimizer, episodes, advantages, reference, beta_k, cfg, prog
             a, index = advantages[micro].to(device)[turn], torch.tensor([t.index for t in mine], device=device)[turn]      # (T,)
             states = hidden.detach().requires_grad_()
             for c in (slice(i, i + head_rows) for i in range(0, len(tokens), head_rows)):
+                if cfg.kl_coef:                            # before the graph of the policy's own log-probs takes memory
+                    with torch.no_grad():
+                        start_logp, _ = score(policy.start or policy.model, start_hidden[c], tokens[c], cfg.temperature)
                 logp, entropy = score(policy.model, states[c], tokens[c], cfg.temperature)             # (c, 1)
                 loss, log = epo_loss(
                     logp, old_logp[c], entropy, shaped_advantages(a[c], entropy, cfg.shaping) if cfg.shaping else a[c], w[c], reference, beta_k,
                     cfg.entropy_coef, cfg.kappa_l, cfg.kappa_r, cfg.alpha, cfg.smoothing, cfg.clip,
                     decayed_weights(w[c], index[c], cfg.turns, cfg.entropy_decay) if cfg.entropy_decay else None)
                 if cfg.kl_coef:
-                    with torch.no_grad():
-                        start_logp, _ = score(policy.start or policy.model, start_hidden[c], tokens[c], cfg.temperature)
                     kl = kl_loss(logp, start_logp, w[c])
                     loss = loss + cfg.kl_coef * kl
                     log["kl"], log["loss"] = kl.item(), loss.item()
@@ -328,9 +329,9 @@ def train(cfg):
     cfg.lr = cfg.lr or policy.lr or 5e-6
     limit = cfg.max_tokens or (24 if policy.compact else 512)
     policy.start = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef and not cfg.lora_rank else None
-    optimizer = torch.optim.AdamW(trained(policy.model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(trained(policy.model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     critic = Critic(policy.model, cfg.lora_rank) if cfg.algo == "ppo" else None
-    critic_optimizer = torch.optim.AdamW(critic.trained().values(), lr=cfg.critic_lr, weight_decay=cfg.weight_decay) if critic else None
+    critic_optimizer = torch.optim.AdamW(critic.trained().values(), lr=cfg.critic_lr, weight_decay=cfg.weight_decay, fused=True) if critic else None
     history, first = EntropyHistory(cfg.window or None), 0
 
     with make_world(cfg, policy) as world:
@@ -426,6 +427,10 @@ def train(cfg):
                     lr=lr, episodes=len(episodes), lost=lost, turns=len(turns),
                     tokens=sum(len(t.written) for t in turns), prompt_tokens=sum(len(t.prompt) for t in turns),
                     **{f"seconds_{name}": value for name, value in seconds.items()})
+                if step % cfg.eval_every == 0:             # a won and a lost episode of this step, token by token
+                    shown = [token_transcript(e, policy.tokenizer) for e in {e.success: e for e in episodes}.values()]
+                    told = {"step": step, "corridor": reference and [cfg.kappa_l * reference, cfg.kappa_r * reference], "episodes": shown}
+                    write(path(f"transcripts/step-{step:04d}.json"), lambda file: file.write(json.dumps(told).encode()))
             row["seconds"] = time.perf_counter() - clock
             log.write(json.dumps(row) + "\n")          # the row first, then the checkpoint: --resume drops a row too many
             log.flush()
