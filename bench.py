@@ -183,16 +183,13 @@ def trl_player(policy, world, tasks):
             return world.prompt(*state[slot])
 
         def act(self, action: str) -> str:
-            """
-            Act.
+            """Act.
 
             Args:
-                action: The action.
-            """
+                action: The action."""
             past, now = state[self._slot]
             past.append((now, parse_compact(action)))
-            now = world.step({self._slot: past[-1][1]})[self._slot]
-            state[self._slot] = past, now
+            _, now = state[self._slot] = past, world.step({self._slot: past[-1][1]})[self._slot]
             return "task over" if now.done or len(past) == policy.turns else world.prompt(past, now)
 
         def get_reward(self):
