@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python bench.py [environment] [alfworld] [rollout] [loss] [memory] [step] [--out bench.json]
+"""Speed and memory, side by side: python bench.py [environment] [alfworld] [rollout] [loss] [memory] [models] [step] [--out bench.json]
 
 Each part does the same work in several ways, in one run on this machine, prints a table and adds it to the JSON. Ratios carry
 over to other machines, times don't. Without names: all parts that can be run here.
@@ -321,36 +321,47 @@ def forget_peak():
         file.write("5")                                     # VmHWM starts again
 
 
-def memory_once(case, layers, d, ffn, vocabulary, rank, algo, dtype):
-    """Two steps' updates of random episodes (or a rollout) with a random model, the second in full memory. -> MB measured and predicted"""
+def random_run(config, rank, algo, dtype, rows, prompt, written):
+    """What train.py holds, with random weights, and turns of random tokens. -> policy, optimizer, critic, its optimizer, turns"""
     import copy
-    import memory
-    import train
-    from critic import Critic, update_critic
-    from rollout import Episode, Policy, Turn, add_lora, generate, trained
+    from critic import Critic
+    from rollout import Policy, Turn, add_lora, trained
     from transformers import AutoModelForCausalLM
-    config = memory.qwen(layers, d, 8, 2, ffn, vocabulary)
-    torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()          # the libraries' own memory
-    start = status("VmRSS")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if rank and dtype == "bfloat16" else torch.float32)
-    model.activation_checkpointing_enable()
+    model.to("cuda" if torch.cuda.is_available() else "cpu").activation_checkpointing_enable()
     model.mixed = dtype == "bfloat16"
     if rank:
         add_lora(model, "policy", rank)
     policy = Policy(model.eval(), None, [], False, start=None if rank else copy.deepcopy(model).requires_grad_(False))
     critic = Critic(model, rank) if algo == "ppo" else None
     adam = lambda parameters: torch.optim.AdamW(parameters.values(), lr=1e-5, fused=True)
-    optimizer, critic_optimizer = adam(trained(model)), critic and adam(critic.trained())
-    rows, prompt, written = 8, 500, 16
-    tokens = rows // 2 * (prompt + written)                 # two micro-batches
+    turns = [Turn(0, torch.randint(config.vocab_size, (prompt,)).tolist(), [5] * written, [-9.0] * written, [9.0] * written, "", None, "") for _ in range(rows)]
+    return policy, adam(trained(model)), critic, critic and adam(critic.trained()), turns
+
+
+def update_once(policy, optimizer, turns, cfg):
+    import train
+    from rollout import Episode
+    train.update(policy, optimizer, [Episode(None, [t]) for t in turns], torch.randn(len(turns)), 5.0, 1.5, cfg, train.bar("", 1))
+
+
+def memory_once(case, layers, d, ffn, vocabulary, rank, algo, dtype, rows=8, prompt=500, written=16):
+    """Two steps' updates (or rollouts) with a random model, the second in full memory. -> MB measured and predicted"""
+    import memory
+    import train
+    from critic import update_critic
+    from rollout import generate
+    config, tokens = memory.qwen(layers, d, 8, 2, ffn, vocabulary), rows // 2 * (prompt + written)             # two micro-batches
+    torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()          # the libraries' own memory
+    start = status("VmRSS")
+    policy, optimizer, critic, critic_optimizer, turns = random_run(config, rank, algo, dtype, rows, prompt, written)
     cfg = train.Config(minibatches=1, critic_minibatches=1, tokens_per_batch=tokens)
-    turns = [Turn(0, torch.randint(1000, (prompt,)).tolist(), [5] * written, [-9.0] * written, [9.0] * written, "", None, "") for _ in range(rows)]
     for _ in range(2):
         forget_peak()
         if case == "rollout":
             generate(policy, [t.prompt for t in turns], 1.0, written)
             continue
-        train.update(policy, optimizer, [Episode(None, [t]) for t in turns], torch.randn(rows), 5.0, 1.5, cfg, train.bar("", 1))
+        update_once(policy, optimizer, turns, cfg)
         if critic:
             update_critic(critic, critic_optimizer, turns, torch.zeros(rows), torch.ones(rows), cfg)
     held, update, rollout = memory.parts(config, rank, algo == "ppo", True, dtype == "bfloat16", tokens, rows // 2 * written, rows, prompt + written)
@@ -378,7 +389,56 @@ def memory():
     return table("Memory: peaks on the CPU and what memory.py says", rows)
 
 
-PARTS = {"environment": environment, "alfworld": alfworld, "rollout": rollout, "loss": loss, "memory": memory, "step": step}
+# ------------------------------------------------------------------------------------------------------------ models
+def model_once(name, rank, rows, prompt, written):
+    """A rollout's generation and an update with random weights of a model's exact shape. -> a row of numbers"""
+    import memory
+    import train
+    from rollout import generate
+    gpu = torch.cuda.is_available()
+    dtype = "bfloat16" if gpu else "float32"
+    policy, optimizer, _, _, turns = random_run(memory.SHAPES[name], rank, "grpo", dtype, rows, prompt, written)
+    wait = torch.cuda.synchronize if gpu else lambda: None
+
+    def seconds(work, times=2):                             # of the last time, when all is warm
+        for _ in range(times):
+            wait()
+            start = clock()
+            work()
+            wait()
+        return clock() - start
+    a, b = (torch.randn(4096 if gpu else 1024, 4096 if gpu else 1024, device=policy.model.device, dtype=getattr(torch, dtype)) for _ in "ab")
+    throughput = 2 * len(a) ** 3 / seconds(lambda: a @ b, 10)                                    # of a large matrix product
+    forget_peak()
+    cfg = train.Config(minibatches=1)
+    generating = seconds(lambda: generate(policy, [t.prompt for t in turns], 1.0, written))
+    updating = seconds(lambda: update_once(policy, optimizer, turns, cfg))
+    n, head, _ = memory.count(memory.SHAPES[name])
+    body = n - head * (1 if memory.SHAPES[name].tie_word_embeddings else 2)
+    operations = (8 if rank else 10) * (body * rows * (prompt + written) + head * rows * written)      # 2 for the start, the forward pass, the
+    # forward pass again, and for the backward pass twice, or with LoRA, where weights get no gradient, once
+    return {"model": name, "trained": f"LoRA {rank}" if rank else "all", "rows": rows, "prompt": prompt, "written": written, "dtype": dtype,
+            "generated tokens/s": rows * written / generating, "trained tokens/s": rows * (prompt + written) / updating,
+            "peak GB": (torch.cuda.max_memory_allocated() / 1e9 if gpu else status("VmHWM") * 2 ** 20 / 1e9),
+            "of matrix throughput": operations / updating / throughput}
+
+
+def models():
+    """Generated and trained tokens per second of the models that train.py is for; on a CPU, of the smallest."""
+    import memory
+    gpu, rows = torch.cuda.is_available(), []
+    for name in memory.SHAPES if gpu else ("SmolLM2-135M",):
+        for rank in (0, 32):
+            case = [name, rank, *((64, 1024, 128) if gpu else (4, 250, 16))]
+            result = subprocess.run([sys.executable, os.path.abspath(__file__), "--once", "model_once", json.dumps(case)], capture_output=True, text=True)
+            if result.returncode:
+                print(f"models, {name}, rank {rank}: left out ({(result.stderr.strip().splitlines() or ['it was killed'])[-1][:100]})")
+                continue
+            rows.append(json.loads(result.stdout))
+    return table("Models: generation and update, random weights of their exact shape", rows)
+
+
+PARTS = {"environment": environment, "alfworld": alfworld, "rollout": rollout, "loss": loss, "memory": memory, "models": models, "step": step}
 
 
 def main():

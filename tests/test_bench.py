@@ -26,3 +26,11 @@ def test_memory_of_a_process_is_seen():
 def test_an_unknown_part_is_one_line():
     result = subprocess.run([sys.executable, os.path.join(HERE, "bench.py"), "everything"], capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "everything" in result.stderr
+
+
+def test_a_model_of_random_weights_is_timed(monkeypatch):
+    import memory
+    monkeypatch.setitem(memory.SHAPES, "small", memory.llama(2, 64, 4, 2, 128, 500))
+    for rank in (0, 2):
+        row = bench.model_once("small", rank, 3, 20, 4)
+        assert row["generated tokens/s"] > 0 and row["trained tokens/s"] > 0 and 0 < row["of matrix throughput"] < 2
