@@ -328,9 +328,9 @@ def train(cfg):
     policy = load_policy(cfg.model, cfg.env, device, dtype, cfg.lora_rank)
     cfg.lr = cfg.lr or policy.lr or 5e-6
     limit = cfg.max_tokens or (24 if policy.compact else 512)
-    policy.start = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef and not cfg.lora_rank else None
+    policy.start = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef and not (cfg.lora_rank or cfg.evaluate) else None
     optimizer = torch.optim.AdamW(trained(policy.model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    critic = Critic(policy.model, cfg.lora_rank) if cfg.algo == "ppo" else None
+    critic = Critic(policy.model, cfg.lora_rank) if cfg.algo == "ppo" and not cfg.evaluate else None
     critic_optimizer = torch.optim.AdamW(critic.trained().values(), lr=cfg.critic_lr, weight_decay=cfg.weight_decay, fused=True) if critic else None
     history, first = EntropyHistory(cfg.window or None), 0
 
@@ -341,16 +341,18 @@ def train(cfg):
         step_tasks = lambda step: [t for t in draw(train_tasks, cfg.tasks_per_step, f"{cfg.seed} {step}") for _ in range(cfg.group_size)]
         if saved:
             restore(trained(policy.model), saved["model"])
+            first = saved["step"]
+        if cfg.evaluate:
+            values, _ = evaluate(world, policy, eval_tasks, cfg, limit, first - 1, bar("evaluate", 2 * cfg.eval_episodes))
+            print(table(values))
+            return
+        if saved:
             optimizer.load_state_dict(saved["optimizer"])
             history.load_state_dict(saved["history"])
             if critic:
                 restore(critic.trained(), saved["critic"])
                 critic_optimizer.load_state_dict(saved["critic_optimizer"])
-            first, saved = saved["step"], None
-        if cfg.evaluate:
-            values, _ = evaluate(world, policy, eval_tasks, cfg, limit, first - 1, bar("evaluate", 2 * cfg.eval_episodes))
-            print(table(values))
-            return
+            saved = None
         if cfg.resume:                                 # drop rows of steps that the checkpoint doesn't hold, and half a row
             with open(path("log.jsonl"), "ab+") as log:
                 log.seek(0)
