@@ -140,7 +140,7 @@ class Jvm:
         port, self.process = launch_gateway(
             classpath=JAR_PATH, die_on_exit=True, return_proc=True, java_path=self.java, create_new_process_group=True,
             cwd=tempfile.gettempdir(),       # it leaves a file, object_type_ids.tsv, where it runs
-            javaopts=[f"-Xmx{self.heap_mb}m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"])
+            javaopts=[f"-Xmx{self.heap_mb}m", "-XX:+UseSerialGC", "-Xmn32m", "-XX:MinHeapFreeRatio=10", "-XX:MaxHeapFreeRatio=20", "-XX:+ExitOnOutOfMemoryError"])
         self.gateway = JavaGateway(gateway_parameters=GatewayParameters(
             auto_field=True, port=port, read_timeout=120, enable_memory_management=False))    # see strings()
 

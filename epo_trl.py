@@ -8,10 +8,12 @@
 
 Flags that --help does not list are GRPOConfig's (`--use_vllm`, `--deepspeed`, `--beta 0`: the KL's weight).
 
-What is the same as in train.py: the smoothing term, β_k, the history, the worlds, the tasks of each step, success and the return.
-What is not: TRL has no critic, so there is no PPO + EPO. An episode is one growing sequence, in which observations are the
-replies of a tool, rather than a fresh prompt for each turn. L_H is TRL's entropy bonus: a mean over the tokens of a micro-batch.
-With one episode in a micro-batch (the default of `main`) that is the average of L_smooth below, and Eq. 6 holds token by token.
+What is the same as in train.py: a token's penalty, β_k, the worlds, the tasks of each step, success and the return. What is not:
+TRL has no critic, so there is no PPO + EPO. An episode is one growing sequence, in which observations are the replies of a tool,
+rather than a fresh prompt for each turn, so averages are over the tokens of an episode, then episodes, without Eq. 2's turns. L_H is
+TRL's entropy bonus, a mean over the tokens of a micro-batch: with one episode in each (`main` insists) it is that average too. H̄_m
+is TRL's log, the mean over the optimizer steps of the first pass, so of policies that have begun to learn. There are no evaluations.
+A process starts simulators of its own, up to four Java machines of half a GB or more.
 """
 import argparse
 import functools
@@ -224,6 +226,8 @@ def main():
         "model_init_kwargs": json.dumps({"dtype": "bfloat16" if args.lora_rank and torch.cuda.is_available() else "float32"})}   # as in rollout.py
     config, = HfArgumentParser(GRPOConfig).parse_args_into_dataclasses(
         [word for name, value in defaults.items() for word in (f"--{name}", str(value))] + trl_flags)
+    if config.per_device_train_batch_size != 1:
+        parser.exit(2, "epo_trl.py: --per_device_train_batch_size must stay 1: only then are L_H and L_smooth the same average, and K is --steps\n")
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     if not supports_tool_calling(tokenizer):
         print(f"{args.model}: its chat template has no tools; a line that it writes is taken for an action")

@@ -7,9 +7,8 @@ What lives through the whole run ("held"): weights, the frozen start for the KL,
 it comes the larger of the two phases: the rollout (the cache of keys and values) or the update (gradients, the residual stream after
 each layer, one layer computed again, and a few hundred tokens of logits).
 """
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
-
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 GIB = 2 ** 30
 FLOAT, HALF = 4, 2
@@ -18,14 +17,19 @@ LOGITS = 2 ** 25                     # train.LOGITS_AT_ONCE
 LOGITS_COPIES = 6.3                  # the loss and its gradient hold that many times the logits
 LAYER_D, LAYER_FFN = 11, 8           # numbers per token that one layer holds, forward and backward: times hidden and feed-forward width
 
+COUNTED = {}
+
 
 def count(config):
     """Parameters of the model, its output matrix, and all linear layers' inputs plus outputs (a LoRA adapter has rank times these)."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return model.num_parameters(), head.weight.numel(), sum(m.in_features + m.out_features for m in linear)
+    shape = config.to_json_string()
+    if shape not in COUNTED:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head = model.get_output_embeddings()
+        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        COUNTED[shape] = model.num_parameters(), head.weight.numel(), sum(m.in_features + m.out_features for m in linear)
+    return COUNTED[shape]
 
 
 def parts(config, lora_rank=0, ppo=False, kl=True, mixed=True, tokens=16384, written=2 ** 20, episodes=64, context=2048):
@@ -36,7 +40,7 @@ def parts(config, lora_rank=0, ppo=False, kl=True, mixed=True, tokens=16384, wri
     learns = adapters or n
     body = n if config.tie_word_embeddings else n - head
     layers, d, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-    keys = config.num_key_value_heads * d // config.num_attention_heads
+    keys = config.num_key_value_heads * (getattr(config, "head_dim", None) or d // config.num_attention_heads)
     residual = product if lora_rank else FLOAT
     held = {"weights": n * (product if lora_rank else FLOAT) + FLOAT * adapters,
             "start for the KL": FLOAT * n * (kl and not lora_rank),
@@ -44,6 +48,8 @@ def parts(config, lora_rank=0, ppo=False, kl=True, mixed=True, tokens=16384, wri
             "critic": (FLOAT + ADAM) * (adapters or body) * ppo}
     logits = LOGITS_COPIES * FLOAT * min(LOGITS, written * config.vocab_size) + FLOAT * head * (not lora_rank)
     layer = tokens * product * (LAYER_D * d + LAYER_FFN * ffn)
+    if lora_rank and mixed:              # each adapter's input is made float32, and bfloat16 again for its product
+        layer += tokens * (FLOAT * ffn + HALF * (6 * d + ffn))
     update = {"gradients": FLOAT * learns,
               "bfloat16 copies of weights": HALF * (n - head) * (mixed and not lora_rank),
               "residual stream": tokens * residual * d * (layers + 1),

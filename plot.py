@@ -89,7 +89,9 @@ def grouped(runs):
     groups = {}
     for run in {os.path.realpath(run[0]): run for run in runs}.values():
         groups.setdefault(json.dumps(settings(run[1]), sort_keys=True), []).append(run)
-    return dict(zip(labels([json.loads(text) for text in groups]), groups.values()))
+    names = labels([json.loads(text) for text in groups])
+    names = [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
+    return dict(zip(names, groups.values()))
 
 
 def curve(runs, value):
@@ -282,7 +284,7 @@ def oscillation(groups):
                       markerfacecolor="none", markeredgewidth=2, label=f"{label} ({len(found)} run{'s' * (len(found) != 1)})")
         pairs = [(p[0], p[split]) for found in points for p in found]
         r = correlation([x for x, _ in pairs], [y for _, y in pairs])
-        axis.set_title(f"{('IID', 'OOD')[split - 1]}: " + (f"Pearson's $r = {r:.2f}$, " if r is not None else "") + f"$n = {len(pairs)}$ runs")
+        axis.set_title(f"{('IID', 'OOD')[split - 1]}: " + (f"Pearson's $r = {r:.2f}$, " if r is not None else "") + f"all $n = {len(pairs)}$ runs")
         axis.set(xlabel="std($\\Delta\\bar{H}$), how much the mean entropy jumps (nats)", ylabel="episodes won at the last evaluation (share)")
         axis.label_outer()
         if not pairs:

@@ -122,7 +122,7 @@ def parse(arguments):
             raise SetupError(f"{flag}: {cfg.out} holds no run that can be read ({error})") from error
         if saved.keys() != {f.name for f in fields(Config)}:
             raise SetupError(f"{flag}: the run in {cfg.out} was made by a version with other flags; go on with that version")
-        for name in given.keys() - {"out", "resume", "device"} if cfg.resume else ():
+        for name in given.keys() - {"out", "resume", "device", "tokens_per_batch"} if cfg.resume else ():
             if given[name] != saved[name]:
                 raise SetupError(f"--resume: --{name.replace('_', '-')} is {given[name]}, but the run in {cfg.out} has {saved[name]}; leave it out")
         cfg = Config(**{**saved, **given, "out": cfg.out})
@@ -425,13 +425,13 @@ def train(cfg):
                     invalid=mean(t.invalid for t in turns), entropy=entropy, entropy_by_turn=[mean(h) for h in by_turn if h], reference=reference,
                     corridor_low=None if reference is None else cfg.kappa_l * reference,
                     corridor_high=None if reference is None else cfg.kappa_r * reference,
-                    outside=losses["below"] + losses["above"], beta=beta_k, net_above_cap=1 - cfg.alpha * beta_k, **losses,
+                    outside=losses["below"] + losses["above"], beta=beta_k, net_above_cap=1 - cfg.alpha * beta_k * (cfg.smoothing == "hinge" and reference is not None), **losses,
                     lr=lr, episodes=len(episodes), lost=lost, turns=len(turns),
                     tokens=sum(len(t.written) for t in turns), prompt_tokens=sum(len(t.prompt) for t in turns),
                     **{f"seconds_{name}": value for name, value in seconds.items()})
                 if step % cfg.eval_every == 0:             # a won and a lost episode of this step, token by token
                     shown = [token_transcript(e, policy.tokenizer) for e in {e.success: e for e in episodes}.values()]
-                    told = {"step": step, "corridor": reference and [cfg.kappa_l * reference, cfg.kappa_r * reference], "episodes": shown}
+                    told = {"step": step, "corridor": None if reference is None else [cfg.kappa_l * reference, cfg.kappa_r * reference], "episodes": shown}
                     write(path(f"transcripts/step-{step:04d}.json"), lambda file: file.write(json.dumps(told).encode()))
             row["seconds"] = time.perf_counter() - clock
             log.write(json.dumps(row) + "\n")          # the row first, then the checkpoint: --resume drops a row too many
@@ -465,7 +465,7 @@ def report(row):
     text = f"step {row['step']:3d}"
     if "success" in row:
         text += (f" | success {row['success']:.2f} | entropy {row['entropy']:.3f}"
-                 + (f" in [{row['corridor_low']:.3f}, {row['corridor_high']:.3f}]" if row["reference"] else "")
+                 + (f" in [{row['corridor_low']:.3f}, {row['corridor_high']:.3f}]" if row["reference"] is not None else "")
                  + f", {row['outside']:.0%} of tokens outside | kl {row.get('kl', 0):.4f} | invalid {row['invalid']:.0%}"
                  + f" | {row['turns']} turns" + (f" | {row['lost']} episodes lost" if row["lost"] else ""))
     if "iid_success" in row:

@@ -135,14 +135,14 @@ def test_oscillation_by_hand(tmp_path):
     iid, ood = plot.oscillation(groups_of(*folders)).axes
     assert list(iid.lines[0].get_xdata()) == [1.5, 0] and list(iid.lines[0].get_ydata()) == [0.75, 0.75]
     assert list(ood.lines[0].get_ydata()) == [0.375, 0.375]
-    assert iid.get_title() == "IID: $n = 2$ runs"                                               # no r of two, and none of a constant
+    assert iid.get_title() == "IID: all $n = 2$ runs"                                               # no r of two, and none of a constant
     varied = [a_run(tmp_path / name, entropies) for name, entropies in (("e", (0, 1, 0)), ("f", (0, 2, 0)), ("g", (0, 4, 0)))]
     for folder, success in zip(varied, (0.1, 0.3, 0.2)):
         path = os.path.join(folder, "log.jsonl")
         text = open(path).read().replace('"iid_success": 0.75', f'"iid_success": {success}')
         open(path, "w").write(text)
     iid, ood = plot.oscillation(groups_of(*varied)).axes
-    assert iid.get_title() == "IID: Pearson's $r = 0.33$, $n = 3$ runs" and ood.get_title() == "OOD: $n = 3$ runs"
+    assert iid.get_title() == "IID: Pearson's $r = 0.33$, all $n = 3$ runs" and ood.get_title() == "OOD: all $n = 3$ runs"
 
 
 @pytest.mark.parametrize("alpha_beta", (0.2, 2.0))

@@ -152,12 +152,14 @@ def test_variants_reach_the_gradient_and_are_nothing_at_zero(batch, options, cha
     assert other_log["smoothing_loss"] == log["smoothing_loss"]
 
 
-def test_indicator_equals_base_in_every_weight_and_the_hinge_does_not(tmp_path):
-    """v1's smoothing after 3 steps on KeyQuest: bit for bit the weights of a run without smoothing."""
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_indicator_equals_base_in_every_weight_and_the_hinge_does_not(algo, tmp_path):
+    """v1's smoothing after 3 steps on KeyQuest: bit for bit the weights of a run without smoothing. Under PPO too: the published
+    launcher passed its smoothing flags for GRPO only."""
     weights = {}
     for form in ("off", "indicator", "hinge"):
         out = str(tmp_path / form)
-        assert run([*SMALL, "--steps", "3", "--smoothing", form, "--kappa-r", "1", "--alpha", "1", "--entropy-coef", "0.01", "--out", out]).returncode == 0
+        assert run([*SMALL, "--algo", algo, "--steps", "3", "--smoothing", form, "--kappa-r", "1", "--alpha", "1", "--entropy-coef", "0.01", "--out", out]).returncode == 0
         weights[form] = torch.load(os.path.join(out, "checkpoint.pt"))["model"]
     same = {form: all(torch.equal(weights[form][name], w) for name, w in weights["off"].items()) for form in weights}
     assert same == {"off": True, "indicator": True, "hinge": False}
@@ -205,6 +207,7 @@ def test_the_log_of_a_run(finished):
     for k in (1, 2, 3):
         assert log[k]["reference"] == pytest.approx(sum(r["entropy"] for r in log[:k]) / k)
         assert log[k]["corridor_high"] == pytest.approx(2 * log[k]["reference"])
+    assert log[0]["net_above_cap"] == 1 and log[2]["net_above_cap"] == pytest.approx(1 - 0.1 * log[2]["beta"])
     assert log[0]["beta"] == 2 and log[2]["beta"] == pytest.approx(1 + 2.718281828 ** -3)
     assert len(log[0]["entropy_by_turn"]) == 8 and log[0]["clip_fraction"] < 0.2
     assert json.load(open(os.path.join(out, "config.json")))["turns"] == 8
