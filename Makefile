@@ -9,8 +9,9 @@ train: $(VENV)/installed          ## the main job; flags go in ARGS, e.g. make t
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q $(ARGS)
 
-figures: $(VENV)/installed        ## pictures of committed logs, into figures/
-	$(VENV)/bin/python plot.py results/sweep --out figures $(ARGS)
+figures: $(VENV)/installed        ## the README's pictures, from committed logs
+	$(VENV)/bin/python plot.py results/lr2e-3/*plain* results/lr2e-3/*epo* results/lr2e-3-strong results/lr2e-3-floor --out figures $(ARGS)
+	$(VENV)/bin/python plot.py results/sweep --out figures/healthy $(ARGS)
 
 $(VENV)/installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV)

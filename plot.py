@@ -130,7 +130,7 @@ def legend(fig, axes, note="line: mean of the seeds; band: lowest to highest see
 
 def cells(groups, ratio, *units):
     """Two panels, one over the other, for each group -> the figure, the upper ones, the lower ones."""
-    columns = len(groups) if len(groups) < 4 else 3 if len(groups) < 7 else 4
+    columns = len(groups) if len(groups) < 4 else 2 if len(groups) == 4 else 3 if len(groups) < 7 else 4
     bands = -(-len(groups) // columns)
     fig = Figure((13, max(7.5, 3.75 * bands)), layout="constrained")
     grid = fig.subplots(2 * bands, columns, squeeze=False, height_ratios=ratio * bands)
