@@ -30,6 +30,31 @@ def megabytes(pids):
     return total / 1024
 
 
+def used(peak=False):
+    """Memory of this process, on the GPU if there is one (else Linux), now or at its peak since `forget_peak`; in MB."""
+    if torch.cuda.is_available():
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2 ** 20
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM" if peak else "VmRSS")) / 1024
+
+
+def forget_peak():
+    if torch.cuda.is_available():
+        return torch.cuda.reset_peak_memory_stats()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")                                     # VmHWM starts again
+
+
+def alone(function, arguments, **environment):
+    """What a function of this file gives in a process of its own, where nothing else takes memory; None, and a word, if it fails."""
+    result = subprocess.run([sys.executable, os.path.abspath(__file__), "--once", function, json.dumps(arguments)], capture_output=True, text=True,
+                            env={**os.environ, **environment})
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["it was killed: too little memory?"])[-1][:100]
+        return print(f"{function} {arguments}: left out ({reason})")
+    return json.loads(result.stdout)
+
+
 def table(title, rows):
     """Print rows of {column: value} and give them back. Numbers get three digits."""
     columns = list(rows[0])
@@ -248,7 +273,6 @@ def loss_once(way, tokens, width, vocabulary):
     hidden = torch.randn(tokens, width, device=device, requires_grad=True)
     written = torch.randint(vocabulary, (tokens,), device=device)
     w, a = torch.full((tokens, 1), 1 / tokens, device=device), torch.randn(tokens, device=device)
-    memory = lambda key: getattr(torch.cuda, {"VmRSS": "memory_allocated", "VmHWM": "max_memory_allocated"}[key])() / 2 ** 20 if device == "cuda" else status(key)
 
     def backward(h, s):
         if way == "trl":                                    # as its GRPOTrainer makes them, with the entropy's gradient
@@ -259,7 +283,7 @@ def loss_once(way, tokens, width, vocabulary):
             logp, entropy = token_logp_and_entropy((h @ weight.T).unsqueeze(1), written[s].unsqueeze(1))
         epo_loss(logp, logp.detach(), entropy, a[s], w[s], 5.0, 1.5)[0].backward()
     forget_peak()
-    before, start = memory("VmRSS"), clock()
+    before, start = used(), clock()
     if way == "ours":                                       # the loop of train.update
         from train import LOGITS_AT_ONCE
         states = hidden.detach().requires_grad_()
@@ -270,20 +294,16 @@ def loss_once(way, tokens, width, vocabulary):
     else:
         backward(hidden, slice(None))
     checksum = hidden.grad.abs().sum().item()               # also waits for a GPU
-    return clock() - start, memory("VmHWM") - before, checksum
+    return clock() - start, used(peak=True) - before, checksum
 
 
 def loss(tokens=2048, width=896, vocabulary=151_936):
-    """Each way in a process of its own, because a peak can't be reset. width and vocabulary are Qwen2.5-0.5B's."""
+    """Each way in a process of its own. width and vocabulary are Qwen2.5-0.5B's."""
     rows = []
     for way in ("direct", "trl", "ours"):
-        result = subprocess.run([sys.executable, os.path.abspath(__file__), "--once", "loss_once", json.dumps([way, tokens, width, vocabulary])],
-                                capture_output=True, text=True)
-        if result.returncode:
-            print(f"loss, {way}: left out ({(result.stderr.strip().splitlines() or ['it was killed: too little memory?'])[-1][:100]})")
-            continue
-        seconds, peak, checksum = json.loads(result.stdout)
-        rows.append({"way": way, "tokens": tokens, "seconds": seconds, "peak MB": peak, "|∂L/∂h|": checksum})
+        if found := alone("loss_once", [way, tokens, width, vocabulary]):
+            seconds, peak, checksum = found
+            rows.append({"way": way, "tokens": tokens, "seconds": seconds, "peak MB": peak, "|∂L/∂h|": checksum})
     for row in rows:
         row["time"], row["memory"] = row["seconds"] / rows[0]["seconds"], row["peak MB"] / rows[0]["peak MB"]
     return table(f"Loss: log-prob, entropy and EPO, forward and backward, V = {vocabulary}, d = {width}", rows)
@@ -308,19 +328,6 @@ def step():
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
-def status(key):
-    """A line of this process's memory (Linux): VmRSS now, VmHWM at its peak; in MB."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
-
-
-def forget_peak():
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")                                     # VmHWM starts again
-
-
 def random_run(config, rank, algo, dtype, rows, prompt, written):
     """What train.py holds, with random weights, and turns of random tokens. -> policy, optimizer, critic, its optimizer, turns"""
     import copy
@@ -353,7 +360,7 @@ def memory_once(case, layers, d, ffn, vocabulary, rank, algo, dtype, rows=8, pro
     from rollout import generate
     config, tokens = memory.qwen(layers, d, 8, 2, ffn, vocabulary), rows // 2 * (prompt + written)             # two micro-batches
     torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()          # the libraries' own memory
-    start = status("VmRSS")
+    start = used()
     policy, optimizer, critic, critic_optimizer, turns = random_run(config, rank, algo, dtype, rows, prompt, written)
     cfg = train.Config(minibatches=1, critic_minibatches=1, tokens_per_batch=tokens)
     for _ in range(2):
@@ -367,7 +374,7 @@ def memory_once(case, layers, d, ffn, vocabulary, rank, algo, dtype, rows=8, pro
     held, update, rollout = memory.parts(config, rank, algo == "ppo", True, dtype == "bfloat16", tokens, rows // 2 * written, rows, prompt + written)
     if case == "rollout":
         held["Adam"] = 0                                    # no step was taken yet
-    return status("VmHWM") - start, memory.total(held, rollout if case == "rollout" else update) / 2 ** 20
+    return used(peak=True) - start, memory.total(held, rollout if case == "rollout" else update) / 2 ** 20
 
 
 def memory():
@@ -377,16 +384,12 @@ def memory():
                  ("update", 30, 576, 1536, 49152, 16, "grpo", "bfloat16"), ("update", 8, 512, 2816, 151936, 0, "grpo", "float32"),
                  ("update", 8, 512, 2816, 151936, 0, "ppo", "float32"), ("update", 8, 512, 2816, 151936, 16, "ppo", "float32"),
                  ("rollout", 30, 576, 1536, 49152, 0, "grpo", "float32")):
-        result = subprocess.run([sys.executable, os.path.abspath(__file__), "--once", "memory_once", json.dumps(case)], capture_output=True, text=True,
-                                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
-        if result.returncode:
-            print(f"memory, {case}: left out ({(result.stderr.strip().splitlines() or ['it was killed: too little memory?'])[-1][:100]})")
-            continue
-        measured, predicted = json.loads(result.stdout)
-        phase, layers, d, _, vocabulary, rank, algo, dtype = case
-        rows.append({"phase": phase, "layers": layers, "d": d, "V": vocabulary, "trained": f"LoRA {rank}" if rank else "all", "algo": algo, "dtype": dtype,
-                     "measured MB": measured, "predicted MB": predicted, "ratio": predicted / measured})
-    return table("Memory: peaks on the CPU and what memory.py says", rows)
+        if found := alone("memory_once", case, MALLOC_MMAP_THRESHOLD_="65536"):
+            measured, predicted = found
+            phase, layers, d, _, vocabulary, rank, algo, dtype = case
+            rows.append({"phase": phase, "layers": layers, "d": d, "V": vocabulary, "trained": f"LoRA {rank}" if rank else "all", "algo": algo,
+                         "dtype": dtype, "measured MB": measured, "predicted MB": predicted, "ratio": predicted / measured})
+    return table("Memory: measured peaks and what memory.py says", rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -419,7 +422,7 @@ def model_once(name, rank, rows, prompt, written):
     # forward pass again, and for the backward pass twice, or with LoRA, where weights get no gradient, once
     return {"model": name, "trained": f"LoRA {rank}" if rank else "all", "rows": rows, "prompt": prompt, "written": written, "dtype": dtype,
             "generated tokens/s": rows * written / generating, "trained tokens/s": rows * (prompt + written) / updating,
-            "peak GB": (torch.cuda.max_memory_allocated() / 1e9 if gpu else status("VmHWM") * 2 ** 20 / 1e9),
+            "peak GB": used(peak=True) * 2 ** 20 / 1e9,
             "of matrix throughput": operations / updating / throughput}
 
 
@@ -429,12 +432,8 @@ def models():
     gpu, rows = torch.cuda.is_available(), []
     for name in memory.SHAPES if gpu else ("SmolLM2-135M",):
         for rank in (0, 32):
-            case = [name, rank, *((64, 1024, 128) if gpu else (4, 250, 16))]
-            result = subprocess.run([sys.executable, os.path.abspath(__file__), "--once", "model_once", json.dumps(case)], capture_output=True, text=True)
-            if result.returncode:
-                print(f"models, {name}, rank {rank}: left out ({(result.stderr.strip().splitlines() or ['it was killed'])[-1][:100]})")
-                continue
-            rows.append(json.loads(result.stdout))
+            if row := alone("model_once", [name, rank, *((64, 1024, 128) if gpu else (4, 250, 16))]):
+                rows.append(row)
     return table("Models: generation and update, random weights of their exact shape", rows)
 
 

@@ -10,10 +10,11 @@ each layer, one layer computed again, and a few hundred tokens of logits).
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from train import LOGITS_AT_ONCE
+
 GIB = 2 ** 30
 FLOAT, HALF = 4, 2
 ADAM = 2 * FLOAT
-LOGITS = 2 ** 25                     # train.LOGITS_AT_ONCE
 LOGITS_COPIES = 6.3                  # the loss and its gradient hold that many times the logits
 LAYER_D, LAYER_FFN = 11, 8           # numbers per token that one layer holds, forward and backward: times hidden and feed-forward width
 
@@ -46,7 +47,7 @@ def parts(config, lora_rank=0, ppo=False, kl=True, mixed=True, tokens=16384, wri
             "start for the KL": FLOAT * n * (kl and not lora_rank),
             "Adam": ADAM * learns,
             "critic": (FLOAT + ADAM) * (adapters or body) * ppo}
-    logits = LOGITS_COPIES * FLOAT * min(LOGITS, written * config.vocab_size) + FLOAT * head * (not lora_rank)
+    logits = LOGITS_COPIES * FLOAT * min(LOGITS_AT_ONCE, written * config.vocab_size) + FLOAT * head * (not lora_rank)
     layer = tokens * product * (LAYER_D * d + LAYER_FFN * ffn)
     if lora_rank and mixed:              # each adapter's input is made float32, and bfloat16 again for its product
         layer += tokens * (FLOAT * ffn + HALF * (6 * d + ffn))

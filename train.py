@@ -425,13 +425,14 @@ def train(cfg):
                     invalid=mean(t.invalid for t in turns), entropy=entropy, entropy_by_turn=[mean(h) for h in by_turn if h], reference=reference,
                     corridor_low=None if reference is None else cfg.kappa_l * reference,
                     corridor_high=None if reference is None else cfg.kappa_r * reference,
-                    outside=losses["below"] + losses["above"], beta=beta_k, net_above_cap=1 - cfg.alpha * beta_k * (cfg.smoothing == "hinge" and reference is not None), **losses,
+                    outside=losses["below"] + losses["above"], beta=beta_k,
+                    net_above_cap=1 - cfg.alpha * beta_k * (cfg.smoothing == "hinge" and reference is not None), **losses,
                     lr=lr, episodes=len(episodes), lost=lost, turns=len(turns),
                     tokens=sum(len(t.written) for t in turns), prompt_tokens=sum(len(t.prompt) for t in turns),
                     **{f"seconds_{name}": value for name, value in seconds.items()})
                 if step % cfg.eval_every == 0:             # a won and a lost episode of this step, token by token
                     shown = [token_transcript(e, policy.tokenizer) for e in {e.success: e for e in episodes}.values()]
-                    told = {"step": step, "corridor": None if reference is None else [cfg.kappa_l * reference, cfg.kappa_r * reference], "episodes": shown}
+                    told = {"step": step, "corridor": None if reference is None else [row["corridor_low"], row["corridor_high"]], "episodes": shown}
                     write(path(f"transcripts/step-{step:04d}.json"), lambda file: file.write(json.dumps(told).encode()))
             row["seconds"] = time.perf_counter() - clock
             log.write(json.dumps(row) + "\n")          # the row first, then the checkpoint: --resume drops a row too many
@@ -485,7 +486,7 @@ def main():
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         sys.exit("train.py: out of memory; lower --tokens-per-batch (in the update), --group-size or --max-tokens (in the rollout), or use "
-                 f"--lora-rank or a smaller --model; go on with --resume where a flag needn't change ({str(error).splitlines()[0][:100]})")
+                 f"--lora-rank or a smaller --model; --resume goes on, with another --tokens-per-batch if need be ({str(error).splitlines()[0][:100]})")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; go on with --resume (and the same --out): at most the step in progress is lost")
 
