@@ -267,6 +267,9 @@ def rollout(episodes=64, alone=8):
 # -------------------------------------------------------------------------------------------------------------- loss
 def loss_once(way, tokens, width, vocabulary):
     """Forward and backward of log-prob, entropy and EPO loss from hidden states. -> seconds, peak megabytes above the start"""
+    from train import LOGITS_AT_ONCE
+    if way == "trl":
+        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = (0.02 * torch.randn(vocabulary, width, device=device)).requires_grad_()
@@ -276,7 +279,6 @@ def loss_once(way, tokens, width, vocabulary):
 
     def backward(h, s):
         if way == "trl":                                    # as its GRPOTrainer makes them, with the entropy's gradient
-            from trl.trainer.utils import entropy_from_logits, selective_log_softmax
             logits = (h @ weight.T).unsqueeze(0)
             logp, entropy = selective_log_softmax(logits, written[s].unsqueeze(0)).T, entropy_from_logits(logits).T
         else:
@@ -285,7 +287,6 @@ def loss_once(way, tokens, width, vocabulary):
     forget_peak()
     before, start = used(), clock()
     if way == "ours":                                       # the loop of train.update
-        from train import LOGITS_AT_ONCE
         states = hidden.detach().requires_grad_()
         for i in range(0, tokens, LOGITS_AT_ONCE // vocabulary):
             s = slice(i, i + LOGITS_AT_ONCE // vocabulary)
