@@ -5,6 +5,7 @@ A world plays many episodes side by side, one per slot, and is all that rollout.
 
     tasks(split)        the tasks of "train", "iid" or "ood"; who plays which task is decided outside, so a group can share one
     reset(tasks)        start one episode per task, in slots 0, 1, … -> a list of Observation (None: lost, see step)
+    restart(slot, task) start one episode in a slot, beside those that are being played -> Observation, or None
     step(actions)       {slot: action text, or None if the policy wrote no action} -> {slot: Observation, or None if the
                         simulator died under the episode: it has no outcome, the caller drops and counts it}
     prefetch(tasks)     begin the work of reset(tasks) in the background, if there is any
@@ -254,6 +255,9 @@ class ScienceWorld(World):
     def _jvm(self, slot):
         return self.jvms[slot % len(self.jvms)]
 
+    def restart(self, slot, task):
+        return self._jvm(slot).thread.submit(self._reset, slot, task).result()
+
     def _reset(self, slot, task):
         sim = self._jvm(slot).load(slot, task, self._simplifications(task))
         self.goals[slot] = sim.getTaskDescription().removeprefix("Your task is to ").strip()
@@ -408,6 +412,14 @@ class ALFWorld(World):
             self.last[slot] = self._start(task, answers[worker][number])
         return [self.last[slot] for slot in range(len(tasks))]
 
+    def restart(self, slot, task):
+        worker, number = self.homes[slot] = slot % len(self.workers), slot // len(self.workers)
+        for _ in range(2):                           # a worker that died has a successor
+            if answer := self._ask({worker: [("load", number, self._game(task))]})[worker]:
+                self.last[slot] = self._start(task, answer[0])
+                return self.last[slot]
+        return None
+
     def step(self, actions):
         seen, batches = {}, {}
         for slot, action in actions.items():
@@ -537,9 +549,9 @@ class KeyQuest(World):
         return [Task(name, v) for name in self.names for v in self.splits[split]]
 
     def reset(self, tasks):
-        return [self._reset(slot, task) for slot, task in enumerate(tasks)]
+        return [self.restart(slot, task) for slot, task in enumerate(tasks)]
 
-    def _reset(self, slot, task):
+    def restart(self, slot, task):
         rooms = self.types[task.name] + (2 if task.variation in self.splits["ood"] else 0)
         key, chest, here = random.Random(f"{task.name} {task.variation}").sample(range(rooms), 3)
         self.games[slot] = {"rooms": rooms, "key": key, "chest": chest, "here": here}    # key None: the agent carries it
@@ -573,7 +585,7 @@ class KeyQuest(World):
 
     def gold(self, task):
         """A solution (it knows where things lie)."""
-        self._reset(-1, task)
+        self.restart(-1, task)
         g, plan = self.games[-1], []
         for goal, act in ((g["key"], "take key"), (g["chest"], "open chest")):
             plan += ["east" if goal > g["here"] else "west"] * abs(goal - g["here"]) + [act]

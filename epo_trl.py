@@ -102,7 +102,7 @@ class Episode:
         self._world, self._slot, self._limit = world, next(self._slots), turns or world.turns
 
     def reset(self, task, variation, **_):
-        self._now, self._turns, self._invalid, self._told = self._start(Task(task, variation)), 0, 0, ()
+        self._now, self._turns, self._invalid, self._told = self._world.restart(self._slot, Task(task, variation)), 0, 0, ()
         return "\n\nThis task can't be played." if self._now is None else f"\n\nTask: {self._now.goal}\n\n{self._tell()}"
 
     def act(self, action: str) -> str:
@@ -135,29 +135,7 @@ class Episode:
         return "\n".join(part.strip() for part in parts if part and part not in told)
 
 
-class ScienceWorldEpisode(Episode):
-    def _start(self, task):
-        jvm = self._world._jvm(self._slot)
-        return jvm.thread.submit(self._world._reset, self._slot, task).result()
-
-
-class ALFWorldEpisode(Episode):
-    def _start(self, task):
-        world, number = self._world, self._slot // len(self._world.workers)
-        worker = self._slot % len(world.workers)
-        world.homes[self._slot] = worker, number
-        for _ in range(2):                               # a worker that died has a successor
-            if answer := world._ask({worker: [("load", number, world._game(task))]})[worker]:
-                world.last[self._slot] = world._start(task, answer[0])
-                return world.last[self._slot]
-
-
-class KeyQuestEpisode(Episode):
-    def _start(self, task):
-        return self._world._reset(self._slot, task)
-
-
-WORLDS = {"scienceworld": (ScienceWorld, ScienceWorldEpisode), "alfworld": (ALFWorld, ALFWorldEpisode), "keyquest": (KeyQuest, KeyQuestEpisode)}
+WORLDS = {"scienceworld": ScienceWorld, "alfworld": ALFWorld, "keyquest": KeyQuest}
 
 
 def rows(world, drawn):
@@ -213,8 +191,7 @@ def main():
     episodes, processes = args.tasks_per_step * args.group_size, int(os.environ.get("WORLD_SIZE", 1))
     if episodes % (processes * args.updates):
         parser.exit(2, f"epo_trl.py: {episodes} episodes a step can't be shared by {processes} processes in {args.updates} updates; see --updates\n")
-    kind, episode = WORLDS[args.env]
-    turns = args.turns or kind.turns
+    turns = args.turns or WORLDS[args.env].turns
     defaults = {                                         # the paper's, where there is one; a flag given beside them wins
         "output_dir": f"runs/trl-{args.env}", "learning_rate": 5e-6, "weight_decay": 0.01, "entropy_coef": 0.001, "beta": 0.01,
         "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": json.dumps({"min_lr_rate": 0.2}), "warmup_steps": 0.1,
@@ -232,12 +209,12 @@ def main():
     if not supports_tool_calling(tokenizer):
         print(f"{args.model}: its chat template has no tools; a line that it writes is taken for an action")
         plain_actions(tokenizer)
-    with kind(tuple(filter(None, args.tasks.split(",")))) as world:
+    with WORLDS[args.env](tuple(filter(None, args.tasks.split(",")))) as world:
         train_tasks = world.tasks("train")
         drawn = [task for step in range(args.steps) for task in draw(train_tasks, args.tasks_per_step, f"{config.seed} {step}")]
         trainer = EPOTrainer(
             args.model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows(world, drawn)),
-            environment_factory=functools.partial(episode, world, turns),
+            environment_factory=functools.partial(Episode, world, turns),
             peft_config=LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear") if args.lora_rank else None,
             kappa_l=args.kappa_l, kappa_r=args.kappa_r, alpha=args.alpha, gamma=args.gamma, smoothing=args.smoothing)
         trainer.train(resume_from_checkpoint=args.resume or None)

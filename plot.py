@@ -334,7 +334,8 @@ def gradient():
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Token entropy</title><style>
 body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #000; background: #fff }
-pre, .written { font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .2em 0 } pre { color: #444 }
+pre, .written { font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .2em 0; tab-size: 2 }
+pre, summary { color: #444; font-family: monospace }
 .turn { border-left: 4px solid #ccc; padding-left: .8em; margin: 1em 0 } .invalid { border-color: #000 }
 b { background: #000; color: #fff; padding: 0 .3em } .scale { display: flex; gap: .5em; margin: 2.4em 0 }
 .written span { margin: 0 2px; box-shadow: 0 0 0 1px #ccc } .above { outline: 2px solid #000 } .below { border-bottom: 3px dotted #000 }
@@ -342,7 +343,7 @@ b { background: #000; color: #fff; padding: 0 .3em } .scale { display: flex; gap
 .bar span { position: absolute; height: 100%; border-left: 2px solid #000; white-space: nowrap } .bar i { position: absolute; left: 0 }
 .floor i { bottom: 100% } .cap i { top: 100% } 
 </style><h1>Token entropy, run by run</h1><p>The background of a token is the entropy of the distribution it was drawn from, on one
-scale for the page; point at a token for the number. <span class="above">Outlined</span>: above the corridor's cap.
+scale for the page; point at a token for the number, click on an observation to unfold it. <span class="above">Outlined</span>: above the corridor's cap.
 <span class="below">Dotted</span>: below its floor.</p>
 """
 
@@ -369,15 +370,19 @@ def section(title, step, corridor, episode, top):
     def token(text, h):
         mark = ' class="above"' if h > high else ' class="below"' if h < low else ""
         return f'<span{mark} style="background:{shade(h / top)}" title="{h:.3f} nats">{escape(text)}</span>'
-    turns = [f'<div class="turn{" invalid" * turn["invalid"]}"><pre>{escape(turn["observation"])}</pre><div class="written">'
+    def observation(text, first):                        # the first is open, of the others only the first line shows until clicked
+        line, _, more = escape(text.strip()).partition("\n")
+        return f'<details{" open" * first}><summary>{line}</summary><pre>{more}</pre></details>'
+    turns = [f'<div class="turn{" invalid" * turn["invalid"]}">{observation(turn["observation"], number == 1)}<div class="written">'
              f'{"".join(map(token, turn["tokens"], turn["entropy"]))}</div>turn {number}, '
              + ("no action" if turn["action"] is None else f"action: {escape(turn['action'])}") + " <b>invalid</b>" * turn["invalid"] + "</div>\n"
              for number, turn in enumerate(episode["turns"], 1)]
+    goal = f"<br>Task: {escape(episode['goal'])}" if "goal" in episode else ""                # older runs did not write it
     ticks = "".join(f'<span class="{name}" style="left:{100 * h / top:.1f}%"><i>{name} {h:.3f}</i></span>'
                     for name, h in (("floor", low), ("cap", high)))
     return (f"<h2>{escape(title)}</h2><p>Step {step}, {escape(episode['task'])}, variation {episode['variation']}: "
             f"<strong>{'success' if episode['success'] else 'failure'}</strong>, score {episode['score']}, {len(turns)} turns. "
-            f"Corridor: {low:.3f} to {high:.3f} nats.</p>\n"
+            f"Corridor: {low:.3f} to {high:.3f} nats.{goal}</p>\n"
             f'<div class="scale">0<div class="bar">{ticks}</div>{top:.3f} nats</div>\n{"".join(turns)}')
 
 

@@ -37,6 +37,7 @@ class Episode:
     turns: list[Turn] = field(default_factory=list)
     success: bool = False
     score: int = 0                  # 0 to 100, as the world says
+    goal: str = ""                  # the task in the world's words
 
 
 @dataclass
@@ -241,7 +242,7 @@ def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator
     start = clock()
     now = dict(enumerate(world.reset(tasks)))                        # slot -> what it sees, None: lost
     seconds["load"] = clock() - start
-    episodes, past = [Episode(task) for task in tasks], [[] for _ in tasks]
+    episodes, past = [Episode(task, goal=now[slot].goal if now[slot] else "") for slot, task in enumerate(tasks)], [[] for _ in tasks]
     live = [slot for slot in now if now[slot] is not None]
     for t in range(turn_limit):
         if not live:
@@ -275,7 +276,7 @@ def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator
 
 def transcript(episode):
     """One episode as readable text."""
-    lines = [f"task {episode.task.name} {episode.task.variation}: {'success' if episode.success else 'failure'}, score {episode.score}"]
+    lines = [f"task {episode.task.name} {episode.task.variation}: {'success' if episode.success else 'failure'}, score {episode.score}", episode.goal]
     for turn in episode.turns:
         lines += ["", f"--- turn {turn.index + 1}", turn.observation, f"> {turn.text}" + ("   [invalid]" if turn.invalid else "")]
     return "\n".join(lines) + "\n"
@@ -285,4 +286,5 @@ def token_transcript(episode, tokenizer):
     """One episode with the entropy of every token that the policy wrote, for `plot.py`."""
     turns = [{"observation": t.observation, "tokens": [tokenizer.decode([token]) for token in t.written],
               "entropy": t.entropy, "action": t.action, "invalid": t.invalid} for t in episode.turns]
-    return {"task": episode.task.name, "variation": episode.task.variation, "success": episode.success, "score": episode.score, "turns": turns}
+    return {"task": episode.task.name, "variation": episode.task.variation, "goal": episode.goal, "success": episode.success,
+            "score": episode.score, "turns": turns}

@@ -199,11 +199,11 @@ def test_the_same_bytes_every_time_and_gradient_needs_no_run(tmp_path, monkeypat
 
 def test_transcript_is_escaped_and_marked(tmp_path, capsys):
     """Of the newest file with a corridor: below, inside and above it; the colour scale ends at the highest entropy, 0.8."""
-    turns = [{"observation": "a <box> & \"door\"", "tokens": ["<b>", " go", "</s>"], "entropy": [0.05, 0.4, 0.8], "action": "go <out>",
+    turns = [{"observation": "\na <box>\n& \"door\"", "tokens": ["<b>", " go", "</s>"], "entropy": [0.05, 0.4, 0.8], "action": "go <out>",
               "invalid": False},
              {"observation": "end", "tokens": ["x"], "entropy": [0.0], "action": None, "invalid": True}]
     told = lambda step, corridor, task: json.dumps({"step": step, "corridor": corridor, "episodes": [
-        {"task": task, "variation": 7, "success": True, "score": 100, "turns": turns}]})
+        {"task": task, "variation": 7, "goal": "find a <plant>", "success": True, "score": 100, "turns": turns}]})
     folder = tmp_path / "a"
     a_run(folder), a_run(tmp_path / "b", algo="ppo")
     os.mkdir(folder / "transcripts")
@@ -214,10 +214,10 @@ def test_transcript_is_escaped_and_marked(tmp_path, capsys):
     assert re.findall(r'<span( class="\w+")? style="background:(#\w+)" title="([\d.]+) nats">(.*?)</span>', page) == [
         (' class="below"', plot.shade(0.05 / 0.8), "0.050", "&lt;b&gt;"), ("", plot.shade(0.5), "0.400", " go"),
         (' class="above"', "#d55e00", "0.800", "&lt;/s&gt;"), (' class="below"', "#ffffff", "0.000", "x")]
-    assert "<pre>a &lt;box&gt; &amp; &quot;door&quot;</pre>" in page
+    assert "<details open><summary>a &lt;box&gt;</summary><pre>&amp; &quot;door&quot;</pre>" in page and "<details><summary>end" in page
     assert "action: go &lt;out&gt;</div>" in page and "no action <b>invalid</b></div>" in page
     assert "<h2>GRPO+EPO, seed 0</h2>" in page and page.count("<h2>") == 1 and "PPO" not in page
-    assert "Step 2, find-&lt;plant&gt;, variation 7: <strong>success</strong>, score 100, 2 turns. Corridor: 0.100 to 0.600 nats." in page
+    assert "Step 2, find-&lt;plant&gt;, variation 7: <strong>success</strong>, score 100, 2 turns. Corridor: 0.100 to 0.600 nats.<br>Task: find a &lt;plant&gt;</p>" in page
     assert "<i>floor 0.100</i>" in page and "<i>cap 0.600</i>" in page and "</div>0.800 nats</div>" in page
     assert capsys.readouterr().out.startswith("1 of 2 runs have no transcripts")
 

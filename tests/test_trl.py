@@ -19,7 +19,7 @@ from trl.chat_template_utils import parse_response, supports_tool_calling
 
 import epo
 from envs import ALFWorld, KeyQuest, ScienceWorld
-from epo_trl import ALFWorldEpisode, EPOTrainer, KeyQuestEpisode, ScienceWorldEpisode, main, plain_actions, rows
+from epo_trl import EPOTrainer, Episode, main, plain_actions, rows
 from rollout import HERE
 
 # Tokens written, read and written in each episode of a step. The first two and the last two hold equally many written tokens:
@@ -188,7 +188,7 @@ def test_what_can_not_work_is_refused_in_one_line(tmp_path, options, epo_options
 def test_episode_tells_what_is_new_counts_turns_and_ends():
     world = KeyQuest()
     task = world.tasks("train")[0]
-    first, second = KeyQuestEpisode(world), KeyQuestEpisode(world, turns=2)
+    first, second = Episode(world), Episode(world, turns=2)
     text = first.reset(**rows(world, [task])[0])
     assert text.startswith("\n\nTask: open the chest\n\nYou wake up.\nYou see") and second.reset(*task) == text
     plan = world.gold(task)
@@ -203,12 +203,12 @@ def test_episode_tells_what_is_new_counts_turns_and_ends():
     assert "broke down" in second.act("west") and "over" in second.act("west") and second.get_reward() is None
 
 
-@pytest.mark.parametrize("world, kind", [(lambda: ScienceWorld(("find-animal",), jvms=1), ScienceWorldEpisode),
-                                         (lambda: ALFWorld(("pick_and_place_simple",), "generated", workers=2), ALFWorldEpisode)])
-def test_real_worlds_are_played_to_success_in_their_own_slots(world, kind):
+@pytest.mark.parametrize("world", [lambda: ScienceWorld(("find-animal",), jvms=1),
+                                   lambda: ALFWorld(("pick_and_place_simple",), "generated", workers=2)])
+def test_real_worlds_are_played_to_success_in_their_own_slots(world):
     with world() as world:
         tasks = world.tasks("train")[:2]
-        episodes = [kind(world) for _ in range(3)]
+        episodes = [Episode(world) for _ in range(3)]
         for episode, task in zip(episodes, (tasks[0], tasks[1], tasks[0])):
             assert "Task: " in episode.reset(**rows(world, [task])[0])
         plan = world.gold(tasks[1])
@@ -230,7 +230,7 @@ def test_trainer_plays_a_world_and_a_group_shares_its_task(tmp_path):
     assert answer["tool_calls"] == [{"type": "function", "function": {"name": "act", "arguments": {"action": "go to door"}}}]
     world, played = KeyQuest(("short",)), []
 
-    class Watched(KeyQuestEpisode):
+    class Watched(Episode):
         def reset(self, task, variation, **row):
             played.append((task, variation))
             return super().reset(task, variation, **row)
