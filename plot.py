@@ -1,6 +1,7 @@
 """Draw runs from their logs, without torch, GPU or account: a file for each question, in --out.
 
-    python plot.py results/sweep --out figures         # run folders, or folders of them; none: `gradient` alone
+    python plot.py results/sweep --out figures         # run folders, or folders of them
+    python plot.py                                     # no run: `gradient` alone
 
 entropy: its mean and the corridor, and the tokens outside. entropy_by_turn: turn × step, and early against late turns. success.
 loss: the terms that add up to it. oscillation: std(ΔH̄) against success. gradient: what v1's and v2's penalties do to a token.
@@ -417,9 +418,9 @@ def main():
     try:
         os.makedirs(args.out, exist_ok=True)
         with rc_context(LOOK):
-            for name, make in {**{f.__name__: lambda f=f: f(groups) for f in (entropy, entropy_by_turn, success, loss, oscillation) if groups},
-                               "gradient": gradient}.items():
-                write(os.path.join(args.out, f"{name}.{args.format}"), lambda file: make().savefig(file, format=args.format, metadata=undated))
+            for make in (entropy, entropy_by_turn, success, loss, oscillation) if groups else (gradient,):
+                figure = make(groups) if groups else make()
+                write(os.path.join(args.out, f"{make.__name__}.{args.format}"), lambda file: figure.savefig(file, format=args.format, metadata=undated))
         if text:
             write(os.path.join(args.out, "transcript.html"), lambda file: file.write(text.encode()))
     except OSError as error:

@@ -13,7 +13,7 @@ import plot
 from epo import epo_loss
 from rollout import HERE
 
-FIGURES = "entropy", "entropy_by_turn", "gradient", "loss", "oscillation", "success"
+FIGURES = "entropy", "entropy_by_turn", "loss", "oscillation", "success"
 CONFIG = {"env": "scienceworld", "games": "auto", "model": "tiny", "algo": "grpo", "steps": 4, "turns": 3, "lr": 2e-4, "entropy_coef": 0.001,
           "smoothing": "hinge", "kappa_l": 0.0, "kappa_r": 2.0, "alpha": 0.1, "gamma": 3.0, "dynamic_weight": "on", "window": 0,
           "entropy_decay": 0.0, "shaping": 0.0, "kl_coef": 0.1, "discount": 1.0, "critic_lr": 1e-3, "seed": 0, "out": "a"}
