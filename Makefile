@@ -15,7 +15,7 @@ figures: $(VENV)/installed        ## the README's pictures, from committed logs
 	$(VENV)/bin/python plot.py results/lr2e-3/*ppo-plain* results/lr2e-3/*ppo-epo* --out figures/ppo $(ARGS)
 	$(VENV)/bin/python plot.py results/sweep results/sweep-strong --out figures/healthy $(ARGS)
 	$(VENV)/bin/python plot.py results/alfworld/*plain* results/alfworld/*epo* --out figures/alfworld-healthy $(ARGS)
-	$(VENV)/bin/python plot.py results/alfworld-lr2e-3/*plain* results/alfworld-lr2e-3/*epo* results/alfworld-lr2e-3-strong --out figures/alfworld $(ARGS)
+	$(VENV)/bin/python plot.py results/alfworld-lr2e-3/*plain* results/alfworld-lr2e-3/*epo* --out figures/alfworld $(ARGS)
 	$(VENV)/bin/python plot.py results/keyquest/*plain* results/keyquest/*epo* results/keyquest-0.1 results/keyquest-0.1-strong --out figures/keyquest $(ARGS)
 
 $(VENV)/installed: $(REQUIREMENTS)

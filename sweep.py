@@ -5,7 +5,7 @@
 Flags that it doesn't know go to train.py. For runs that are finished it only prints the table:
 before, after: success of the first and the last evaluation. Succ.*: the best of a run's evaluations; Succ.: the mean of its last
 ones (--last), which a second table has by task type. Means over seeds ± standard error, as IID / OOD. std(ΔH̄): how much the mean
-entropy jumps from step to step.
+entropy jumps from step to step; max H̄: the highest it gets, nats.
 """
 import argparse
 import json
@@ -52,7 +52,7 @@ def summary(log, last):
     """A finished run's numbers: {name: value}."""
     evaluations = [row for row in log if "iid_success" in row]
     entropy = [row["entropy"] for row in log if "entropy" in row]
-    numbers = {"jump": statistics.pstdev(b - a for a, b in zip(entropy, entropy[1:])) if len(entropy) > 1 else 0.0}
+    numbers = {"jump": statistics.pstdev(b - a for a, b in zip(entropy, entropy[1:])) if len(entropy) > 1 else 0.0, "highest": max(entropy, default=0.0)}
     for split in ("iid", "ood"):
         success = [row[f"{split}_success"] for row in evaluations]
         numbers |= {f"{split}_before": success[0], f"{split}_after": success[-1], f"{split}_best": max(success),
@@ -88,10 +88,10 @@ def main():
     found = {preset: [done[folder] for p, _, folder in runs if p == preset and folder in done] for preset in args.presets}
     found = {preset: numbers for preset, numbers in found.items() if numbers}
     cell = lambda numbers, form: "{:>23}".format(" / ".join(spread([n[form.format(split)] for n in numbers]) for split in ("iid", "ood")))
-    print(f"{'preset':24} seeds" + "".join(f"  {name:>23}" for name in ("before", "after", "Succ.*", "Succ.")) + "  std(ΔH̄)")
+    print(f"{'preset':24} seeds" + "".join(f"  {name:>23}" for name in ("before", "after", "Succ.*", "Succ.")) + "  std(ΔH̄)      max H̄")
     for preset, numbers in found.items():
         print(f"{preset:24} {len(numbers):5}  " + "  ".join(cell(numbers, f"{{}}_{name}") for name in ("before", "after", "best", "last"))
-              + f"  {spread([n['jump'] for n in numbers], 3)}")
+              + f"  {spread([n['jump'] for n in numbers], 3)}  {spread([n['highest'] for n in numbers])}")
     print(f"\n{'Succ. by task type':24}      " + "".join(f"  {preset:>23}" for preset in found))
     for name in sorted({key[4:] for numbers in found.values() for key in numbers[0] if " " in key}):
         print(f"{name:30}" + "".join("  " + cell(numbers, f"{{}} {name}") for numbers in found.values()))

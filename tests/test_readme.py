@@ -87,5 +87,5 @@ def test_the_tables_are_those_of_the_logs():
     for folder, preset, seeds, cells in rows:
         runs = [sweep.summary(sweep.finished(run), 2) for run in sorted(glob.glob(os.path.join(HERE, folder, preset + "-seed*")))]
         both = lambda name: " / ".join(sweep.spread([r[f"{split}_{name}"] for r in runs]) for split in ("iid", "ood"))
-        want = [both("before"), both("after"), both("best"), both("last"), sweep.spread([r["jump"] for r in runs], 3)]
+        want = [both("before"), both("best"), both("last"), sweep.spread([r["jump"] for r in runs], 3), sweep.spread([r["highest"] for r in runs])]
         assert int(seeds) == len(runs) and [cell.strip() for cell in cells.split("|")] == want, (folder, preset, want)

@@ -15,7 +15,7 @@ def test_summary_by_hand():
     evaluation = lambda iid, ood: {"iid_success": iid, "ood_success": ood, "iid_by_task": {"a": iid}, "ood_by_task": {"a": ood}}
     log = [{"entropy": 1, **evaluation(0.1, 0.0)}, {"entropy": 3, **evaluation(0.7, 0.2)}, {"entropy": 2}, evaluation(0.5, 0.4)]
     assert sweep.summary(log, 2) == pytest.approx({
-        "jump": 1.5, "iid_before": 0.1, "iid_after": 0.5, "iid_best": 0.7, "iid_last": 0.6, "iid a": 0.6,
+        "jump": 1.5, "highest": 3, "iid_before": 0.1, "iid_after": 0.5, "iid_best": 0.7, "iid_last": 0.6, "iid a": 0.6,
         "ood_before": 0.0, "ood_after": 0.4, "ood_best": 0.4, "ood_last": 0.3, "ood a": 0.3})
     assert sweep.spread([0.1, 0.3]) == "0.20 ±0.10" and sweep.spread([0.25]) == "0.25"
 
