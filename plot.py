@@ -29,7 +29,7 @@ PPO = {"discount", "gae_lambda", "critic_lr", "critic_minibatches", "value_clip"
 CORRIDOR = {"smoothing", "kappa_l", "kappa_r", "alpha", "gamma", "dynamic_weight", "window"}
 EARLIER = {"algo": "grpo", "dynamic_weight": "on", "window": 0, "entropy_decay": 0, "shaping": 0, "reward": "sparse", "lora_rank": 0,
            "dtype": "auto"}                                              # what runs did before there were these flags
-SAID = {"entropy_coef": "λ {}", "kappa_l": "κₗ {}", "kappa_r": "κᵣ {}", "alpha": "α {}", "gamma": "γ {}", "shaping": "η {}",
+SAID = {"entropy_coef": "λ {}", "kappa_l": "κ_l {}", "kappa_r": "κ_r {}", "alpha": "α {}", "gamma": "γ {}", "shaping": "η {}",
         "kl_coef": "KL {}", "gae_lambda": "GAE λ {}", "steps": "{} steps", "turns": "{} turns", "games": "{} games", "env": "{}", "model": "{}"}
 BLUE, RED, SKY, ORANGE = "#0072B2", "#D55E00", "#56B4E9", "#E69F00"      # Okabe and Ito's, which the colour-blind can tell apart
 COLOURS = BLUE, ORANGE, "#000000", SKY, RED, "#009E73", "#CC79A7"
