@@ -356,14 +356,14 @@ def update_once(policy, optimizer, turns, cfg):
 def memory_once(case, layers, d, ffn, vocabulary, rank, algo, dtype, rows=8, prompt=500, written=16):
     """Two steps' updates (or rollouts) with a random model, the second in full memory. -> MB measured and predicted"""
     import memory
-    import train
+    from config import Config
     from critic import update_critic
     from rollout import generate
     config, tokens = memory.qwen(layers, d, 8, 2, ffn, vocabulary), rows // 2 * (prompt + written)             # two micro-batches
     torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()          # the libraries' own memory
     start = used()
     policy, optimizer, critic, critic_optimizer, turns = random_run(config, rank, algo, dtype, rows, prompt, written)
-    cfg = train.Config(minibatches=1, critic_minibatches=1, tokens_per_batch=tokens)
+    cfg = Config(minibatches=1, critic_minibatches=1, tokens_per_batch=tokens)
     for _ in range(2):
         forget_peak()
         if case == "rollout":
@@ -397,7 +397,7 @@ def memory():
 def model_once(name, rank, rows, prompt, written):
     """A rollout's generation and an update with random weights of a model's exact shape. -> a row of numbers"""
     import memory
-    import train
+    from config import Config
     from rollout import generate
     gpu = torch.cuda.is_available()
     dtype = "bfloat16" if gpu else "float32"
@@ -414,7 +414,7 @@ def model_once(name, rank, rows, prompt, written):
     a, b = (torch.randn(4096 if gpu else 1024, 4096 if gpu else 1024, device=policy.model.device, dtype=getattr(torch, dtype)) for _ in "ab")
     throughput = 2 * len(a) ** 3 / seconds(lambda: a @ b, 10)                                    # of a large matrix product
     forget_peak()
-    cfg = train.Config(minibatches=1)
+    cfg = Config(minibatches=1)
     generating = seconds(lambda: generate(policy, [t.prompt for t in turns], 1.0, written))
     updating = seconds(lambda: update_once(policy, optimizer, turns, cfg))
     n, head, _ = memory.count(memory.SHAPES[name])

@@ -23,8 +23,9 @@ import os
 import torch
 from trl import GRPOTrainer
 
-from envs import ALFWorld, KeyQuest, ScienceWorld, SetupError, Task
+from envs import ALFWorld, ScienceWorld, SetupError, Task
 from epo import EntropyHistory, beta, smoothing_loss
+from keyquest import KeyQuest
 
 
 class EPOTrainer(GRPOTrainer):

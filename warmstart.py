@@ -22,7 +22,8 @@ import time
 
 import torch
 
-from envs import ALFWORLD_TASKS, ALFWorld, KeyQuest, ScienceWorld, find_alfworld
+from envs import ALFWORLD_TASKS, ALFWorld, ScienceWorld, find_alfworld
+from keyquest import KeyQuest
 from rollout import HERE, Turn, pad_left, score, written_states
 
 SHOWN = {"find-animal": "animal", "find-non-living-thing": "non-living thing", "find-plant": "plant"}    # ScienceWorld's, and their words

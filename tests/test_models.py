@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import config
 import train
 from critic import Critic, update_critic
-from envs import KeyQuest, SetupError
+from envs import SetupError
+from keyquest import KeyQuest
 from rollout import HERE, Turn, collect, generate, load_policy, score, trained, written_states
 
 TEMPLATE = "{% for m in messages %}user {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}agent {% endif %}"
@@ -52,7 +54,7 @@ def gradient(policy, episodes, **options):
         def zero_grad(self):
             policy.model.zero_grad()
     advantages = torch.linspace(-1, 1, sum(len(e.turns) for e in episodes))
-    cfg = train.Config(minibatches=1, grad_clip=1e9, entropy_coef=0.1, **options)
+    cfg = config.Config(minibatches=1, grad_clip=1e9, entropy_coef=0.1, **options)
     log = train.update(policy, Record(), episodes, advantages, 3.0, 1.5, cfg, train.bar("", 1))
     return taken, log
 
@@ -133,7 +135,7 @@ def test_the_critic_is_a_second_adapter_and_the_two_do_not_mix(folder):
     before = {n: p.clone() for n, p in policy.model.named_parameters() if "critic" not in n}
     optimizer = torch.optim.AdamW(critic.trained().values(), lr=0.01)
     targets = torch.tensor([float(len(t.prompt) % 2) for t in turns])
-    cfg = train.Config(critic_minibatches=3)
+    cfg = config.Config(critic_minibatches=3)
     losses = [update_critic(critic, optimizer, turns, torch.zeros(len(turns)), targets, cfg)["value_loss"] for _ in range(4)]
     assert losses[-1] < losses[0] and any(p.any() for n, p in critic.trained().items() if "lora_B" in n)
     assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters() if n in before)

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from envs import KeyQuest, Observation, Task, parse_chat
+from envs import Observation, Task, parse_chat
+from keyquest import KeyQuest
 from rollout import Turn, by_length, collect, generate, load_policy, score, written_states
 
 

@@ -15,10 +15,12 @@ import time
 import pytest
 import torch
 
+import config
 import train
 from critic import Critic, explained_variance, update_critic, value_loss
-from envs import KeyQuest, SetupError, Task
+from envs import SetupError, Task
 from epo import epo_loss, token_logp_and_entropy
+from keyquest import KeyQuest
 from presets import PRESETS
 from rollout import HERE, collect, load_policy
 from variants import decayed_weights, shaped_advantages
@@ -78,7 +80,7 @@ def gradient(batch, **options):
 
         def zero_grad(self):
             policy.model.zero_grad()
-    cfg = train.Config(**{"minibatches": 1, "grad_clip": 1e9, "kl_coef": 0.3, "entropy_coef": 0.5, "kappa_l": 0.5, "kappa_r": 1.2,
+    cfg = config.Config(**{"minibatches": 1, "grad_clip": 1e9, "kl_coef": 0.3, "entropy_coef": 0.5, "kappa_l": 0.5, "kappa_r": 1.2,
                           "alpha": 1.0, **options})
     torch.manual_seed(0)
     log = train.update(policy, Record(), episodes, advantages, 0.4, 1.5, cfg, train.bar("", 1))
@@ -186,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(batch, tmp_path):
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1.0)
     with pytest.raises(SetupError, match="not finite"):
         train.update(policy, optimizer, episodes, advantages * float("nan"), None, 2.0,
-                     train.Config(minibatches=1, kl_coef=0.0, out=str(tmp_path)), train.bar("", 1))
+                     config.Config(minibatches=1, kl_coef=0.0, out=str(tmp_path)), train.bar("", 1))
     saved = torch.load(tmp_path / "bad-batch.pt")
     assert saved["turns"][0]["prompt"] == episodes[0].turns[0].prompt and len(saved["turns"]) == len(saved["advantages"])
     assert all(torch.equal(v, before[k]) for k, v in policy.model.state_dict().items())
@@ -296,7 +298,7 @@ def test_critic_learns_the_same_for_any_micro_batch(batch):
         torch.manual_seed(0)
         critic = Critic(policy.model)
         optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
-        log = update_critic(critic, optimizer, turns, torch.zeros(len(turns)), targets, train.Config(critic_minibatches=2, tokens_per_batch=size))
+        log = update_critic(critic, optimizer, turns, torch.zeros(len(turns)), targets, config.Config(critic_minibatches=2, tokens_per_batch=size))
         heads.append(critic.head.weight.detach())
     assert log["value_loss"] == pytest.approx(0.5 * (targets ** 2).mean().item(), rel=0.3)
     assert heads[0].abs().max() > 1e-3 and torch.allclose(*heads, atol=1e-6)
@@ -378,19 +380,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, says, tmp_path):
 
 
 def test_presets_differ_by_what_their_names_say(capsys):
-    defaults = {f.name: f.default for f in train.fields(train.Config)}
+    defaults = {f.name: f.default for f in config.fields(config.Config)}
     full = {name: {**defaults, **preset} for name, preset in PRESETS.items()}
     differ = lambda a, b: {key for key in defaults if full[a][key] != full[b][key]}
     assert all(preset.keys() <= defaults.keys() for preset in PRESETS.values())
     for world in ("scienceworld", "alfworld"):
         for algo in ("ppo", "grpo"):
             assert differ(f"{world}-{algo}-epo", f"{world}-{algo}-plain") == {"entropy_coef", "smoothing"}
-            train.check(train.Config(**{**full[f"{world}-{algo}-epo"], "preset": ""}))
+            config.check(config.Config(**{**full[f"{world}-{algo}-epo"], "preset": ""}))
     assert {name: differ("tiny-grpo-epo", f"tiny-grpo-{name}") for name in ("base", "indicator", "constant", "window", "plain", "ea")} == {
         "base": {"smoothing"}, "indicator": {"smoothing"}, "constant": {"dynamic_weight"}, "window": {"window"},
         "plain": {"entropy_coef", "smoothing"}, "ea": {"entropy_coef", "smoothing", "shaping"}}
     assert differ("tiny-ppo-epo", "tiny-grpo-epo") == {"algo"} and differ("tiny-grpo-decay", "tiny-grpo-base") == {"entropy_decay"}
-    cfg = train.parse(["--preset", "tiny-grpo-base", "--kappa-r", "3", "--out", "nowhere/yet"])
+    cfg = config.parse(["--preset", "tiny-grpo-base", "--kappa-r", "3", "--out", "nowhere/yet"])
     assert (cfg.smoothing, cfg.kappa_r, cfg.env) == ("off", 3.0, "scienceworld")
     assert "preset tiny-grpo-base: " in (text := capsys.readouterr().out) and "smoothing off" in text and "kappa_r 3.0" in text
 
@@ -416,9 +418,9 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
 
 def test_every_option_is_used():
     """A coefficient that is defined and never read is a bug."""
-    source = "".join(open(os.path.join(HERE, name)).read() for name in ("train.py", "critic.py"))
+    source = "".join(open(os.path.join(HERE, name)).read() for name in ("config.py", "train.py", "critic.py"))
     source += "cfg.preset"                               # it is read from the command line alone
-    unused = [f.name for f in train.fields(train.Config) if not re.search(rf"cfg\.{f.name}\b", source)]
+    unused = [f.name for f in config.fields(config.Config) if not re.search(rf"cfg\.{f.name}\b", source)]
     assert unused == []
 
 
@@ -431,7 +433,7 @@ def test_tasks_are_drawn_by_type_in_turn_and_from_the_seed():
 
 
 def test_learning_rate_rises_then_falls():
-    cfg = train.Config(steps=100, lr=1.0, warmup=0.1, min_lr=0.2)
+    cfg = config.Config(steps=100, lr=1.0, warmup=0.1, min_lr=0.2)
     rates = [train.learning_rate(k, cfg) for k in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[55] == pytest.approx(0.6, abs=0.01)
     assert rates[99] == pytest.approx(0.2, abs=0.01) and rates[9:] == sorted(rates[9:], reverse=True)

@@ -18,8 +18,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import parse_response, supports_tool_calling
 
 import epo
-from envs import ALFWorld, KeyQuest, ScienceWorld
+from envs import ALFWorld, ScienceWorld
 from epo_trl import EPOTrainer, Episode, main, plain_actions, rows
+from keyquest import KeyQuest
 from rollout import HERE
 
 # Tokens written, read and written in each episode of a step. The first two and the last two hold equally many written tokens:
