@@ -384,7 +384,7 @@ def memory():
     for case in (("update", 30, 576, 1536, 49152, 0, "grpo", "float32"), ("update", 30, 576, 1536, 49152, 16, "grpo", "float32"),
                  ("update", 30, 576, 1536, 49152, 16, "grpo", "bfloat16"), ("update", 8, 512, 2816, 151936, 0, "grpo", "float32"),
                  ("update", 8, 512, 2816, 151936, 0, "ppo", "float32"), ("update", 8, 512, 2816, 151936, 16, "ppo", "float32"),
-                 ("rollout", 30, 576, 1536, 49152, 0, "grpo", "float32")):
+                 ("rollout", 30, 576, 1536, 49152, 0, "grpo", "float32"), ("rollout", 30, 576, 1536, 49152, 0, "grpo", "bfloat16")):
         if found := alone("memory_once", case, MALLOC_MMAP_THRESHOLD_="65536"):
             measured, predicted = found
             phase, layers, d, _, vocabulary, rank, algo, dtype = case

@@ -58,7 +58,7 @@ class Config:
     reward: str = option("sparse", "sparse: 1 for success, else 0; score: the world's final score / 100, not below 0", choices=("sparse", "score"))
     discount: float = option(1.0, "ppo: γ of the advantages, per turn")
     gae_lambda: float = option(1.0, "ppo: λ of the advantages (GAE)")
-    critic_lr: float = option(1e-3, "ppo: the critic's learning rate at its peak; same schedule")
+    critic_lr: float = option(0.0, "ppo: the critic's learning rate at its peak, same schedule; 0: 1e-3 for a tiny policy, else 1e-5")
     critic_minibatches: int = option(16, "ppo: the critic's updates per step; it starts from nothing, so it takes more than the policy")
     value_clip: float = option(0.5, "ppo: how far a value may move in a step before its loss is held")
     preset: str = option("", "named settings of presets.py; a flag given beside it wins")
@@ -66,7 +66,7 @@ class Config:
     eval_episodes: int = option(36, "episodes per evaluation on each of IID and OOD")
     eval_temperature: float = option(0.4, "sampling temperature of evaluations")
     seed: int = option(0, "seed of every random choice")
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
     out: str = option("", "run folder; default: runs/ENV")
     resume: bool = option(False, "continue the run in --out from its checkpoint")
     evaluate: str = option("", "score this checkpoint.pt of a run on the run's evaluation tasks, print the table, and train nothing")
@@ -115,16 +115,18 @@ def parse(arguments, description=None):
 def check(cfg):
     """Refuse what can't work before anything starts. Raises SetupError."""
     for name in ("steps", "tasks_per_step", "group_size", "minibatches", "tokens_per_batch", "eval_every", "eval_episodes", "temperature",
-                 "eval_temperature", "grad_clip", "clip", "critic_lr", "critic_minibatches", "value_clip"):
+                 "eval_temperature", "grad_clip", "clip", "critic_minibatches", "value_clip"):
         if not getattr(cfg, name) > 0:
             raise SetupError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
-    for name in ("turns", "lr", "lora_rank", "entropy_coef", "kl_coef", "weight_decay", "invalid_penalty", "max_tokens", "warmup", "min_lr",
+    for name in ("turns", "lr", "critic_lr", "lora_rank", "entropy_coef", "kl_coef", "weight_decay", "invalid_penalty", "max_tokens", "warmup", "min_lr",
                  "window", "shaping"):
         if not getattr(cfg, name) >= 0:
             raise SetupError(f"--{name.replace('_', '-')} must not be negative, not {getattr(cfg, name)}")
     for name in ("discount", "gae_lambda", "entropy_decay"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise SetupError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(cfg, name)}")
+    if not 0 <= cfg.seed < 10 ** 12:                   # times a million it must be one of torch's
+        raise SetupError(f"--seed must lie between 0 and 10^12, not {cfg.seed}")
     if cfg.smoothing == "indicator" and not cfg.entropy_coef:
         raise SetupError("--smoothing indicator --entropy-coef 0: without entropy terms (λ = 0) nothing is smoothed; leave one out")
     if cfg.algo == "grpo" and cfg.group_size < 2:

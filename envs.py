@@ -258,9 +258,14 @@ class ScienceWorld(World):
         return self._jvm(slot).thread.submit(self._reset, slot, task).result()
 
     def _reset(self, slot, task):
-        sim = self._jvm(slot).load(slot, task, self._simplifications(task))
-        self.goals[slot] = sim.getTaskDescription().removeprefix("Your task is to ").strip()
-        self.last[slot] = self._observe(slot, sim, None)
+        from py4j.protocol import Py4JError
+        try:
+            sim = self._jvm(slot).load(slot, task, self._simplifications(task))
+            self.goals[slot] = sim.getTaskDescription().removeprefix("Your task is to ").strip()
+            self.last[slot] = self._observe(slot, sim, None)
+        except Py4JError:                            # it died when it had loaded the task, or can't load it
+            self._jvm(slot).sims.pop(slot, None)
+            self.last[slot] = None
         return self.last[slot]
 
     def _step(self, slot, action):

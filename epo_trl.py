@@ -10,7 +10,7 @@ Flags that --help does not list are GRPOConfig's (`--use_vllm`, `--deepspeed`, `
 
 What is the same as in train.py: a token's penalty, β_k, the worlds, the tasks of each step, success and the return. What is not:
 TRL has no critic, so there is no PPO + EPO. An episode is one growing sequence, in which observations are the replies of a tool,
-rather than a fresh prompt for each turn, so averages are over the tokens of an episode, then episodes, without Eq. 2's turns. L_H is
+rather than a fresh prompt for each turn (and the names in sight are not listed), so averages are over the tokens of an episode, then episodes, without Eq. 2's turns. L_H is
 TRL's entropy bonus, a mean over the tokens of a micro-batch: with one episode in each (`main` insists) it is that average too. H̄_m
 is TRL's log, the mean over the optimizer steps of the first pass, so of policies that have begun to learn. There are no evaluations.
 A process starts simulators of its own, up to four Java machines of half a GB or more.
@@ -28,6 +28,19 @@ from epo import EntropyHistory, beta, smoothing_loss
 from keyquest import KeyQuest
 
 
+def check(args, kappa_l, kappa_r, alpha, gamma, smoothing):
+    """Refuse what can't be, before anything is loaded. Raises ValueError."""
+    if args is None or not args.entropy_coef or args.use_adaptive_entropy or args.top_entropy_quantile != 1:
+        raise ValueError("EPOTrainer: λ is GRPOConfig's entropy_coef: it must be set, and constant, and act on all tokens "
+                         "(no use_adaptive_entropy, no top_entropy_quantile)")
+    if args.logging_strategy != "steps" or args.logging_steps != 1:
+        raise ValueError(f"EPOTrainer: the entropy history is the log's, so it needs logging_steps=1, not {args.logging_steps}")
+    if args.use_liger_kernel:
+        raise ValueError("EPOTrainer: use_liger_kernel=True can't be used: entropies must come with a gradient")
+    beta(0, 1, gamma)
+    smoothing_loss(torch.zeros(1, 1), None, torch.ones(1, 1), kappa_l, kappa_r, alpha, smoothing)
+
+
 class EPOTrainer(GRPOTrainer):
     """GRPOTrainer, its loss L_MT - λ·L_H (λ is `entropy_coef`), and λ·β_k·L_smooth: Eq. 6. smoothing: "hinge" or "indicator".
 
@@ -35,15 +48,7 @@ class EPOTrainer(GRPOTrainer):
     """
 
     def __init__(self, model, reward_funcs=None, args=None, *, kappa_l=0.0, kappa_r=2.0, alpha=0.05, gamma=3.0, smoothing="hinge", **more):
-        if args is None or not args.entropy_coef or args.use_adaptive_entropy or args.top_entropy_quantile != 1:
-            raise ValueError("EPOTrainer: λ is GRPOConfig's entropy_coef: it must be set, and constant, and act on all tokens "
-                             "(no use_adaptive_entropy, no top_entropy_quantile)")
-        if args.logging_strategy != "steps" or args.logging_steps != 1:
-            raise ValueError(f"EPOTrainer: the entropy history is the log's, so it needs logging_steps=1, not {args.logging_steps}")
-        if args.use_liger_kernel:
-            raise ValueError("EPOTrainer: use_liger_kernel=True can't be used: entropies must come with a gradient")
-        beta(0, 1, gamma)                                # what can't be is refused here, not at the first step
-        smoothing_loss(torch.zeros(1, 1), None, torch.ones(1, 1), kappa_l, kappa_r, alpha, smoothing)
+        check(args, kappa_l, kappa_r, alpha, gamma, smoothing)
         self.smoothing = {"kappa_l": kappa_l, "kappa_r": kappa_r, "alpha": alpha, "form": smoothing}
         self.beta_gamma = gamma                          # `self.beta` is TRL's: the weight of its KL
         super().__init__(model, reward_funcs, args, **more)
@@ -166,6 +171,7 @@ def main():
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer, HfArgumentParser
+    from transformers.trainer_utils import get_last_checkpoint
     from trl import GRPOConfig
     from trl.chat_template_utils import supports_tool_calling
 
@@ -200,13 +206,22 @@ def main():
         "max_completion_length": 16384, "max_tool_calling_iterations": turns, "max_steps": args.steps * args.updates,
         "per_device_train_batch_size": 1, "num_generations": args.group_size, "generation_batch_size": episodes,
         "gradient_accumulation_steps": episodes // processes // args.updates, "shuffle_dataset": False,
-        "generation_kwargs": json.dumps({"max_tokens" if "--use_vllm" in trl_flags else "max_new_tokens": args.turn_tokens}),
+        "generation_kwargs": json.dumps({"max_tokens" if {"--use_vllm", "--use-vllm"} & set(trl_flags) else "max_new_tokens": args.turn_tokens}),
         "model_init_kwargs": json.dumps({"dtype": "bfloat16" if args.lora_rank and torch.cuda.is_available() else "float32"})}   # as in rollout.py
-    config, = HfArgumentParser(GRPOConfig).parse_args_into_dataclasses(
-        [word for name, value in defaults.items() for word in (f"--{name}", str(value))] + trl_flags)
+    corridor = {"kappa_l": args.kappa_l, "kappa_r": args.kappa_r, "alpha": args.alpha, "gamma": args.gamma, "smoothing": args.smoothing}
+    try:
+        config, = HfArgumentParser(GRPOConfig).parse_args_into_dataclasses(
+            [word for name, value in defaults.items() for word in (f"--{name}", str(value))] + trl_flags)
+        check(config, **corridor)
+        if args.resume and not (os.path.isdir(config.output_dir) and get_last_checkpoint(config.output_dir)):
+            raise SetupError(f"--resume: there is no checkpoint in {config.output_dir}")
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    except ValueError as error:
+        raise SetupError(str(error).splitlines()[0]) from error
+    except OSError as error:
+        raise SetupError(f"--model {args.model} can't be had; give a folder, or a name on the hub ({str(error).splitlines()[0]})") from error
     if config.per_device_train_batch_size != 1:
         parser.exit(2, "epo_trl.py: --per_device_train_batch_size must stay 1: only then are L_H and L_smooth the same average, and K is --steps\n")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     if not supports_tool_calling(tokenizer):
         print(f"{args.model}: its chat template has no tools; a line that it writes is taken for an action")
         plain_actions(tokenizer)
@@ -216,8 +231,7 @@ def main():
         trainer = EPOTrainer(
             args.model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows(world, drawn)),
             environment_factory=functools.partial(Episode, world, turns),
-            peft_config=LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear") if args.lora_rank else None,
-            kappa_l=args.kappa_l, kappa_r=args.kappa_r, alpha=args.alpha, gamma=args.gamma, smoothing=args.smoothing)
+            peft_config=LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear") if args.lora_rank else None, **corridor)
         trainer.train(resume_from_checkpoint=args.resume or None)
         trainer.save_model()
         trainer.save_state()                             # trainer_state.json: the log

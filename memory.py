@@ -55,7 +55,7 @@ def parts(config, lora_rank=0, ppo=False, kl=True, mixed=True, tokens=16384, wri
               "bfloat16 copies of weights": HALF * (n - head) * (mixed and not lora_rank),
               "residual stream": tokens * residual * d * (layers + 1),
               "logits or a layer": max(logits, layer)}
-    cached = episodes * context * 2 * keys * product
+    cached = episodes * context * 2 * keys * residual                    # float32 weights make float32 keys, under autocast too
     rollout = {"keys and values": cached * (layers + 1),                  # one layer's are copied when a token is added
                "prompts through a layer": episodes * context * product * (3 * d + 3 * ffn)}
     return held, update, rollout

@@ -211,6 +211,8 @@ def entropy_by_turn(groups):
         draw(axis, runs, third(False), color=BLUE, marker="o", markersize=3, label="first third of the turn limit")
         draw(axis, runs, third(True), color=RED, linestyle="--", marker="s", markersize=3, label="last third of it")
     same_scale(lower)
+    for axis in lower:
+        axis.yaxis.set_major_locator(MaxNLocator(3))
     fig.colorbar(image, ax=upper, label="mean entropy of the turn (nats)", aspect=30, extend="max")
     legend(fig, lower)
     return fig

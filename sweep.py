@@ -63,7 +63,9 @@ def summary(log, last):
 
 
 def spread(values, digits=2):
-    """mean ± standard error of the mean, as text."""
+    """mean ± standard error of the mean, as text; – if there is none."""
+    if not values:
+        return "–"
     error = f" ±{statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{error}"
 
@@ -87,13 +89,13 @@ def main():
     done = {folder: summary(log, args.last) for _, _, folder in runs if (log := finished(folder))}
     found = {preset: [done[folder] for p, _, folder in runs if p == preset and folder in done] for preset in args.presets}
     found = {preset: numbers for preset, numbers in found.items() if numbers}
-    cell = lambda numbers, form: "{:>23}".format(" / ".join(spread([n[form.format(split)] for n in numbers]) for split in ("iid", "ood")))
+    cell = lambda numbers, form: "{:>23}".format(" / ".join(spread([n[form.format(split)] for n in numbers if form.format(split) in n]) for split in ("iid", "ood")))
     print(f"{'preset':24} seeds" + "".join(f"  {name:>23}" for name in ("before", "after", "Succ.*", "Succ.")) + "  std(ΔH̄)      max H̄")
     for preset, numbers in found.items():
         print(f"{preset:24} {len(numbers):5}  " + "  ".join(cell(numbers, f"{{}}_{name}") for name in ("before", "after", "best", "last"))
               + f"  {spread([n['jump'] for n in numbers], 3)}  {spread([n['highest'] for n in numbers])}")
     print(f"\n{'Succ. by task type':24}      " + "".join(f"  {preset:>23}" for preset in found))
-    for name in sorted({key[4:] for numbers in found.values() for key in numbers[0] if " " in key}):
+    for name in sorted({key[4:] for numbers in found.values() for n in numbers for key in n if " " in key}):
         print(f"{name:30}" + "".join("  " + cell(numbers, f"{{}} {name}") for numbers in found.values()))
     sys.exit(len(done) < len(runs))
 

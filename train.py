@@ -2,7 +2,7 @@
 
     evaluate (now and then) → collect episodes → advantages → update → append H̄_k to the history → log → save
 
-    python train.py --env scienceworld                      # the tiny policy, CPU, no download
+    python train.py --env scienceworld                      # the tiny policy on a CPU, no download
     python train.py --env scienceworld --model HuggingFaceTB/SmolLM2-360M-Instruct --device cuda
 
 A run folder (--out) holds config.json, tasks.json (the evaluation tasks), log.jsonl (a row per step), transcripts/ and
@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 
 import torch
@@ -90,7 +91,7 @@ def update(policy, optimizer, episodes, advantages, reference, beta_k, cfg, prog
     unbiased estimate of the batch's gradient, the same for every micro-batch size.
     Memory: the loss is a sum over tokens, so it can be taken, and sent back as far as the last hidden states, for a few hundred
     tokens at a time; only then does the gradient of those states go through the model. A (tokens × vocabulary) matrix and
-    the softmax of the entropy never exist whole, and nothing is computed twice.
+    the softmax of the entropy never exist whole, and no logit is computed twice.
     """
     turns, owner = [t for e in episodes for t in e.turns], [number for number, e in enumerate(episodes) for _ in e.turns]
     _, mask = pad_right([t.written for t in turns], "cpu")
@@ -165,20 +166,27 @@ def write(path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".new", path)
-    except OSError as error:
-        raise SetupError(f"could not write {path} ({error.strerror}); the file there before is untouched") from error
+    except (OSError, RuntimeError) as error:           # torch.save can make the one into the other
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        with suppress(OSError):
+            os.remove(path + ".new")
+        raise SetupError(f"could not write {path} ({getattr(cause, 'strerror', None) or str(cause).splitlines()[0]}); the file there before is untouched") from error
 
 
 def load_checkpoint(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["step"], saved["model"]
+        return saved
     except Exception as error:                         # torch.load raises many kinds for a damaged file
         raise SetupError(f"{path} can't be read ({str(error).splitlines()[0][:100]}); resume or evaluate another run, or start again "
                          "with another --out") from error
 
 
 def restore(parameters, saved):
-    """Put a checkpoint's values into the parameters, by name."""
+    """Put a checkpoint's values into the parameters, by name. Raises SetupError if they are another model's."""
+    if {name: p.shape for name, p in parameters.items()} != {name: p.shape for name, p in saved.items()}:
+        raise SetupError("the checkpoint's parameters are not this model's; leave out --model and --lora-rank, the run has them in its config.json")
     for name, p in parameters.items():
         p.data.copy_(saved[name])
 
@@ -194,7 +202,7 @@ def train(cfg):
         raise SetupError(f"{torch.cuda.get_device_name()} has no bfloat16: use --dtype float32")
     torch.manual_seed(cfg.seed)                        # LoRA's adapters start at random
     policy = load_policy(cfg.model, cfg.env, device, dtype, cfg.lora_rank)
-    cfg.lr = cfg.lr or policy.lr or 5e-6
+    cfg.lr, cfg.critic_lr = cfg.lr or policy.lr or 5e-6, cfg.critic_lr or (1e-3 if policy.compact else 1e-5)
     limit = cfg.max_tokens or (24 if policy.compact else 512)
     policy.start = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef and not (cfg.lora_rank or cfg.evaluate) else None
     optimizer = torch.optim.AdamW(trained(policy.model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -259,15 +267,15 @@ def train(cfg):
                 turns = [t for e in episodes for t in e.turns]
                 owner = torch.tensor([i for i, e in enumerate(episodes) for _ in e.turns])                  # (N,)
                 last_turn = torch.cat([owner[1:] != owner[:-1], torch.tensor([True])])                      # (N,)
-                rewards = torch.tensor([-cfg.invalid_penalty * t.invalid for t in turns])                   # (N,)
-                rewards[last_turn] += torch.tensor([outcome(e, cfg) for e in episodes])
-                returns = torch.zeros(len(episodes)).index_add(0, owner, rewards)                           # (B,)
+                rewards = torch.tensor([-cfg.invalid_penalty * t.invalid for t in turns], dtype=torch.double)   # (N,), so that equal
+                rewards[last_turn] += torch.tensor([outcome(e, cfg) for e in episodes], dtype=torch.double)     # returns are equal
+                returns = torch.zeros(len(episodes), dtype=torch.double).index_add(0, owner, rewards)           # (B,)
                 if critic is None:
                     groups = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
-                    advantages = group_advantages(returns, torch.tensor([groups[e.task] for e in episodes]))[owner]
+                    advantages = group_advantages(returns, torch.tensor([groups[e.task] for e in episodes])).float()[owner]
                 else:
                     values = critic.values(turns, cfg.tokens_per_batch)
-                    raw = gae(values, rewards, last_turn, cfg.discount, cfg.gae_lambda)
+                    raw = gae(values, rewards.float(), last_turn, cfg.discount, cfg.gae_lambda)
                     share = 1 / (len(episodes) * torch.bincount(owner)[owner])       # of a turn in Eq. 2's average: it must not
                     centred = raw - (raw * share).sum()                              # matter here that lost episodes are longer
                     advantages = centred / ((centred ** 2 * share).sum().sqrt() + 1e-6)
@@ -294,7 +302,7 @@ def train(cfg):
                     corridor_low=None if reference is None else cfg.kappa_l * reference,
                     corridor_high=None if reference is None else cfg.kappa_r * reference,
                     outside=losses["below"] + losses["above"], beta=beta_k,
-                    net_above_cap=1 - cfg.alpha * beta_k * (cfg.smoothing == "hinge" and reference is not None), **losses,
+                    net_above_cap=1 - cfg.alpha * beta_k * (cfg.smoothing == "hinge" and cfg.entropy_coef > 0 and reference is not None), **losses,
                     lr=lr, episodes=len(episodes), lost=lost, turns=len(turns),
                     tokens=sum(len(t.written) for t in turns), prompt_tokens=sum(len(t.prompt) for t in turns),
                     **{f"seconds_{name}": value for name, value in seconds.items()})
@@ -356,7 +364,8 @@ def main():
         sys.exit("train.py: out of memory; lower --tokens-per-batch (in the update), --group-size or --max-tokens (in the rollout), or use "
                  f"--lora-rank or a smaller --model; --resume goes on, with another --tokens-per-batch if need be ({str(error).splitlines()[0][:100]})")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; go on with --resume (and the same --out): at most the step in progress is lost")
+        sys.exit("train.py: stopped; a run that has written its config.json goes on with --resume (and the same --out): at most the step in progress "
+                 "is lost")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import memory
 from rollout import HERE
@@ -26,10 +28,18 @@ def test_parts_by_hand():
     assert held == {"weights": 4 * n, "start for the KL": 4 * n, "Adam": 8 * n, "critic": 12 * n}
     assert update == {"gradients": 4 * n, "bfloat16 copies of weights": 0, "residual stream": 10 * 4 * 8 * 2,
                       "logits or a layer": max(6.3 * 4 * 200 + 4 * head, 10 * 4 * (11 * 8 + 8 * 16))}
-    assert rollout["keys and values"] == 15 * 2 * 4 * 4 * 2
+    assert rollout["keys and values"] == 15 * 2 * 4 * 4 * 2 == memory.parts(config, 0, True, True, True, 10, 2, 3, 5)[2]["keys and values"]
     held, update, _ = memory.parts(config, 2, False, True, True, 10, 2, 3, 5)
     assert held == {"weights": 2 * n + 4 * 256, "start for the KL": 0, "Adam": 8 * 256, "critic": 0}
     assert update["gradients"] == 4 * 256 and update["residual stream"] == 10 * 2 * 8 * 2
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_keys_and_values_have_the_weights_dtype_whatever_the_products_have(weights):
+    model = AutoModelForCausalLM.from_config(memory.llama(1, 8, 2, 1, 16, 100), dtype=weights)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model(torch.tensor([[1, 2]]), use_cache=True).past_key_values
+    assert cache.layers[0].keys.dtype == cache.layers[0].values.dtype == weights
 
 
 def test_the_largest_fits_and_one_more_does_not():

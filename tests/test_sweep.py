@@ -20,6 +20,20 @@ def test_summary_by_hand():
     assert sweep.spread([0.1, 0.3]) == "0.20 ±0.10" and sweep.spread([0.25]) == "0.25"
 
 
+def test_presets_of_different_worlds_have_one_table(tmp_path, monkeypatch, capsys):
+    for preset, name in (("tiny-grpo-plain", "a"), ("tiny-grpo-epo", "b")):
+        folder = tmp_path / f"{preset}-seed0"
+        folder.mkdir()
+        (folder / "config.json").write_text('{"steps": 0}')
+        (folder / "log.jsonl").write_text(json.dumps({"step": 0, "iid_success": 0.5, "ood_success": 0.25, "iid_by_task": {name: 0.5},
+                                                      "ood_by_task": {name: 0.25}}) + "\n")
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "tiny-grpo-plain", "tiny-grpo-epo", "--seeds", "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        sweep.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert stop.value.code == 0 and lines == [["a", "0.50", "/", "0.25", "–", "/", "–"], ["b", "–", "/", "–", "0.50", "/", "0.25"]]
+
+
 def test_presets_by_seeds_are_run_once_and_resumed(tmp_path):
     command = [sys.executable, os.path.join(HERE, "sweep.py"), "tiny-grpo-plain", "tiny-ppo-epo", "--seeds", "2", "--out", str(tmp_path),
                "--env", "keyquest", "--steps", "2", "--turns", "5", "--tasks-per-step", "2", "--group-size", "2", "--eval-episodes", "2"]

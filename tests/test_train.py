@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -330,6 +331,9 @@ def test_a_saved_policy_scores_as_at_the_end_of_its_run(finished):
     last = rows(finished[0])[-1]
     assert result.stdout.splitlines()[-1].split() == ["all", f"{last['iid_success']:.3f}", f"{last['ood_success']:.3f}"]
     assert run(["--evaluate", os.path.join(finished[0], "checkpoint.pt"), "--eval-episodes", "3"]).returncode == 0
+    for flag, value in (("--lora-rank", "4"), ("--model", os.path.join(HERE, "models", "scienceworld"))):
+        result = run(["--evaluate", os.path.join(finished[0], "checkpoint.pt"), flag, value])
+        assert result.returncode == 1 and one_line(result.stderr) and "leave out --model" in result.stderr
 
 
 def test_resume_refuses_a_changed_flag_and_a_damaged_checkpoint(finished, tmp_path):
@@ -338,6 +342,9 @@ def test_resume_refuses_a_changed_flag_and_a_damaged_checkpoint(finished, tmp_pa
     result = run(["--out", out, "--resume", "--lr", "0.5"])
     assert result.returncode == 1 and one_line(result.stderr) and "--lr" in result.stderr
     path = os.path.join(out, "checkpoint.pt")
+    torch.save({"turns": []}, os.path.join(out, "bad-batch.pt"))
+    result = run(["--evaluate", os.path.join(out, "bad-batch.pt")])
+    assert result.returncode == 1 and one_line(result.stderr) and "can't be read" in result.stderr
     os.truncate(path, os.path.getsize(path) // 2)
     before = open(os.path.join(out, "log.jsonl")).read()
     result = run(["--out", out, "--resume"])
@@ -370,7 +377,7 @@ def one_line(text):
     (["--group-size", "1"], "--group-size"), (["--algo", "ppo", "--group-size", "0"], "--group-size"), (["--gae-lambda", "0.9"], "--algo ppo"), (["--model", "missing/path"], "missing/path"), (["--minibatches", "3"], "doesn't divide"),
     (["--kappa-l", "3"], "kappa_l"), (["--alpha", "-1"], "alpha"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
     (["--steps", "0"], "--steps"), (["--resume"], "no run"), (["--smoothing", "soft"], "soft"), (["--preset", "best"], "'best'"), (["--evaluate", "no/such/checkpoint.pt"], "no/such"), (["--algo", "ppo", "--gae-lambda", "1.5"], "--gae-lambda"),
-    (["--smoothing", "indicator", "--entropy-coef", "0"], "indicator"), (["--device", "cuda"], "GPU")])
+    (["--smoothing", "indicator", "--entropy-coef", "0"], "indicator"), (["--device", "cuda"], "GPU"), (["--device", "gpu"], "'gpu'"), (["--seed", "1000000000000"], "--seed"), (["--critic-lr", "-1"], "--critic-lr")])
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, says, tmp_path):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -413,7 +420,14 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
     with pytest.raises(SetupError, match="No space left"):
         train.write(path, fail)
-    assert open(path).read() == "old"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)        # torch.save makes the error of a full disk into one of its own
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(SetupError, match="File too large"):
+            train.write(path, lambda file: torch.save(torch.zeros(100_000), file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert open(path).read() == "old" and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_every_option_is_used():

@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import parse_response, supports_tool_calling
 
 import epo
-from envs import ALFWorld, ScienceWorld
+from envs import ALFWorld, ScienceWorld, SetupError
 from epo_trl import EPOTrainer, Episode, main, plain_actions, rows
 from keyquest import KeyQuest
 from rollout import HERE
@@ -269,6 +269,11 @@ def test_main_trains_resumes_and_refuses_a_split_that_does_not_work(tmp_path, mo
         run("--updates", "3")
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and last.startswith("epo_trl.py: 4 episodes a step can't be shared by 1 processes in 3 updates")
+    for flags, words in ((["--eval-every", "5"], "--eval-every"), (["--kappa-l", "3"], "kappa_l"), (["--entropy_coef", "0"], "entropy_coef"),
+                         (["--model", "missing/path"], "missing/path"), (["--output_dir", str(tmp_path), "--resume"], "no checkpoint")):
+        with pytest.raises(SetupError, match=words) as error:
+            run("--updates", "2", *flags)
+        assert "\n" not in str(error.value)
 
 
 def script(folder):
