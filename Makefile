@@ -16,7 +16,7 @@ figures: $(VENV)/installed        ## the README's pictures, from committed logs
 	$(VENV)/bin/python plot.py results/lr2e-3-strong results/lr2e-3-floor --out figures/floor $(ARGS)
 	$(VENV)/bin/python plot.py results/lr2e-3/*ppo-plain* results/lr2e-3/*ppo-epo* --out figures/ppo $(ARGS)
 	$(VENV)/bin/python plot.py results/sweep results/sweep-strong --out figures/healthy $(ARGS)
-	$(VENV)/bin/python plot.py results/alfworld results/alfworld-strong --out figures/alfworld-healthy $(ARGS)
+	$(VENV)/bin/python plot.py results/alfworld/*plain* results/alfworld/*epo* results/alfworld-strong --out figures/alfworld-healthy $(ARGS)
 	$(VENV)/bin/python plot.py results/alfworld-lr2e-3/*plain* results/alfworld-lr2e-3/*epo* results/alfworld-lr2e-3-lambda results/alfworld-lr2e-3-strong --out figures/alfworld $(ARGS)
 	$(VENV)/bin/python plot.py results/keyquest/*plain* results/keyquest/*epo* results/keyquest-0.1 results/keyquest-0.1-strong --out figures/keyquest $(ARGS)
 

@@ -51,12 +51,13 @@ def parts(config, lora_rank=0, ppo=False, kl=True, mixed=True, tokens=16384, wri
     layer = tokens * product * (LAYER_D * d + LAYER_FFN * ffn)
     if lora_rank and mixed:              # each adapter's input is made float32, and bfloat16 again for its product
         layer += tokens * (FLOAT * ffn + HALF * (6 * d + ffn))
-    update = {"gradients": FLOAT * learns,
-              "bfloat16 copies of weights": HALF * (n - head) * (mixed and not lora_rank),
+    copies = {"bfloat16 copies of weights": HALF * (n - head) * (mixed and not lora_rank)}                 # autocast keeps them
+    update = {"gradients": FLOAT * learns, **copies,
               "residual stream": tokens * residual * d * (layers + 1),
               "logits or a layer": max(logits, layer)}
     cached = episodes * context * 2 * keys * residual                    # float32 weights make float32 keys, under autocast too
-    rollout = {"keys and values": cached * (layers + 1),                  # one layer's are copied when a token is added
+    rollout = {**copies,
+               "keys and values": cached * (layers + 1),                  # one layer's are copied when a token is added
                "prompts through a layer": episodes * context * product * (3 * d + 3 * ffn)}
     return held, update, rollout
 

@@ -290,6 +290,7 @@ def oscillation(groups):
         axis.set_title(f"{('IID', 'OOD')[split - 1]}: " + (f"Pearson's $r = {r:.2f}$, " if r is not None else "") + f"all $n = {len(pairs)}$ runs")
         axis.set(xlabel="std($\\Delta\\bar{H}$), how much the mean entropy jumps (nats)", ylabel="episodes won at the last evaluation (share)")
         axis.label_outer()
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         if not pairs:
             axis.text(0.5, 0.5, "no run with three steps and two evaluations", transform=axis.transAxes, ha="center")
     legend(fig, axes, None)
