@@ -12,7 +12,7 @@ test: $(VENV)/installed
 figures: $(VENV)/installed        ## the README's pictures, from committed logs
 	$(VENV)/bin/python plot.py --out figures $(ARGS)
 	$(VENV)/bin/python plot.py results/lr2e-3/*grpo-plain* results/lr2e-3/*grpo-epo* results/lr2e-3-lambda results/lr2e-3-strong --out figures $(ARGS)
-	$(VENV)/bin/python plot.py results/lr1e-3 results/lr1e-3-strong --out figures/lr1e-3 $(ARGS)
+	$(VENV)/bin/python plot.py results/lr1e-3/*plain* results/lr1e-3/*epo* results/lr1e-3-strong --out figures/lr1e-3 $(ARGS)
 	$(VENV)/bin/python plot.py results/lr2e-3-strong results/lr2e-3-floor --out figures/floor $(ARGS)
 	$(VENV)/bin/python plot.py results/lr2e-3/*ppo-plain* results/lr2e-3/*ppo-epo* --out figures/ppo $(ARGS)
 	$(VENV)/bin/python plot.py results/sweep results/sweep-strong --out figures/healthy $(ARGS)
