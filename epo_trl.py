@@ -10,9 +10,10 @@ Flags that --help does not list are GRPOConfig's (`--use_vllm`, `--deepspeed`, `
 
 What is the same as in train.py: a token's penalty, β_k, the worlds, the tasks of each step, success and the return. What is not:
 TRL has no critic, so there is no PPO + EPO. An episode is one growing sequence, in which observations are the replies of a tool,
-rather than a fresh prompt for each turn (and the names in sight are not listed), so averages are over the tokens of an episode, then episodes, without Eq. 2's turns. L_H is
-TRL's entropy bonus, a mean over the tokens of a micro-batch: with one episode in each (`main` insists) it is that average too. H̄_m
-is TRL's log, the mean over the optimizer steps of the first pass, so of policies that have begun to learn. There are no evaluations.
+rather than a fresh prompt for each turn (and the names in sight are not listed), so averages are over the tokens of an episode, then
+episodes, without Eq. 2's turns. L_H is TRL's entropy bonus, a mean over the tokens of a micro-batch: with one episode in each (`main`
+insists) it is that average too. H̄_m is TRL's log, the mean over the optimizer steps of the first pass, so of policies that have begun
+to learn. There are no evaluations.
 A process starts simulators of its own, up to four Java machines of half a GB or more.
 """
 import argparse
