@@ -1,144 +1,299 @@
-"""Every setting of a run, with its default and its flag, and what is refused before any work starts."""
+"""Every setting of a run: its default, its flag, the named presets, and what is refused.
+
+A setting of yours is one field of Config, read where it is used. One that goes to the loss is also
+named in SETTINGS_OF, and reaches the function of epo.py of that name as a keyword.
+"""
+
 import argparse
-import json
+import math
 import os
-from dataclasses import dataclass, field, fields
+import typing
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
+from transformers import HfArgumentParser
 
-from envs import SetupError
+from envs import WORLDS
 from epo import beta, smoothing_loss
-from presets import PRESETS
-
-INSTRUCT = "HuggingFaceTB/SmolLM2-360M-Instruct"
+from support.run_folder import SetupError, is_new, read_config
 
 
-def option(default, help, **more):
-    return field(default=default, metadata={"help": help, **more})
+def option(default, text, **more):
+    """A field with its line of help. None means that the setting is decided elsewhere."""
+    default_text = "" if default is None else f" (default: {default!r})"
+    text = (text + default_text).replace("%", "%%")
+    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
 class Config:
-    env: str = option("scienceworld", "the world", choices=("scienceworld", "alfworld", "keyquest"))
-    tasks: str = option("", "task types, comma-separated; default: those the tiny policy was warm-started on, else all")
-    simplifications: str = option("easy", "ScienceWorld's simplifications: easy, none, or its names, comma-separated")
-    games: str = option("auto", "ALFWorld's: the downloaded ones, ones generated from a seed; auto: generated if none are here",
-                        choices=("auto", "real", "generated"))
-    turns: int = option(0, "turn limit of an episode; 0: what the tiny policy is made for, else the world's: 30, ALFWorld 50 (as the paper)")
-    model: str = option("", f"tiny, a folder, or an instruct model on the hub; default: tiny on a CPU, {INSTRUCT} on a GPU")
-    lora_rank: int = option(0, "rank of LoRA adapters, which are then all that is trained; 0: all weights are")
-    dtype: str = option("auto", "of matrix products; auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "bfloat16", "float32"))
-    max_tokens: int = option(0, "most tokens the policy may write in a turn; 0: 24 for a tiny policy, 512 for others")
-    algo: str = option("grpo", "grpo: advantages from the other episodes of the group; ppo: from a critic, one per turn", choices=("grpo", "ppo"))
+    """The settings; `python train.py --help` lists them as flags."""
+
+    env: str = option("scienceworld", "the world", choices=tuple(WORLDS))
+    tasks: str | None = option(None, "task types, comma-separated; else the tiny policy's, or all")
+    simplifications: str = option("easy", "ScienceWorld's: easy, none, or names, comma-separated")
+    games: str = option(
+        "auto",
+        "ALFWorld's: downloaded or generated ones; auto: generated if none are here",
+        choices=("auto", "real", "generated"),
+    )
+    turns: int | None = option(None, "turn limit; else the tiny policy's, or the world's (30, 50)")
+    model: str = option("tiny", "tiny, a folder, or an instruct model on the hub")
+    lora_rank: int = option(0, "rank of LoRA adapters, which alone are trained; 0: all weights are")
+    dtype: str = option(
+        "auto",
+        "of matrix products; auto: bfloat16 on a GPU, else float32",
+        choices=("auto", "bfloat16", "float32"),
+    )
+    max_tokens: int | None = option(None, "most tokens of a response; else 24 (tiny) or 512")
+    algo: str = option(
+        "grpo",
+        "grpo: the baseline is the group's mean return; ppo: it is a critic's value of the turn",
+        choices=("grpo", "ppo"),
+    )
     steps: int = option(40, "RL steps K")
     tasks_per_step: int = option(8, "different tasks collected per step")
     group_size: int = option(8, "episodes of each task (the GRPO group)")
     temperature: float = option(1.0, "sampling temperature of training")
-    minibatches: int = option(2, "optimizer updates per step; each takes an equal share of the episodes")
-    tokens_per_batch: int = option(16384, "tokens per forward pass, padding counted; memory only, it can't change a gradient")
-    lr: float = option(0.0, "learning rate at its peak; 0: what the tiny policy is made for, else 5e-6 (the paper)")
-    warmup: float = option(0.05, "share of the steps in which the rate rises to lr (the paper: 0.1)")
-    min_lr: float = option(0.2, "where the cosine ends, as a share of lr")
+    minibatches: int = option(2, "updates per step; each takes an equal share of the episodes")
+    tokens_per_batch: int = option(16384, "tokens of a forward pass; it cannot change a gradient")
+    lr: float | None = option(None, "peak learning rate; else the tiny policy's, or 5e-6 (paper)")
+    warmup: float = option(0.05, "share of the steps in which the rate rises to lr (paper: 0.1)")
+    min_lr: float = option(0.2, "where the cosine schedule ends, as a share of lr")
     weight_decay: float = option(0.01, "AdamW's")
     grad_clip: float = option(1.0, "largest gradient norm of an update")
     clip: float = option(0.2, "PPO's ε")
     entropy_coef: float = option(0.001, "λ, 0: no entropy terms")
-    average: str = option("episode", "Eq. 2's mean over tokens, turns, episodes; or the flat mean over tokens", choices=("episode", "token"))
-    smoothing: str = option("hinge", "form of Eq. 3; indicator is v1's, without a gradient", choices=("hinge", "indicator", "off"))
-    kappa_l: float = option(0.0, "κ_l, the corridor's floor as a share of the mean entropy so far")
-    kappa_r: float = option(2.0, "κ_r, its cap")
-    alpha: float = option(0.1, "α; the cap pulls entropy back only where α·β_k > 1")
+    average: str = option(
+        "episode",
+        "episode: Eq. 2's mean over tokens, turns, episodes; token: the flat mean",
+        choices=("episode", "token"),
+    )
+    smoothing: str = option(
+        "hinge",
+        "form of Eq. 3; indicator is v1's, without a gradient",
+        choices=("hinge", "indicator", "off"),
+    )
+    kappa_l: float = option(0.0, "κ_l, the corridor's floor as a share of H̄_W")
+    kappa_r: float = option(2.0, "κ_r, its cap; inf: no cap")
+    alpha: float = option(0.05, "α; the cap pulls entropy back only where α·β_k > 1")
     gamma: float = option(3.0, "γ of β_k (Eq. 5)")
-    dynamic_weight: str = option("on", "off: β = 1 in every step (the paper's EPO w/o DW)", choices=("on", "off"))
-    window: int = option(0, "how many of the last steps make the mean entropy H̄_W; 0: all (the paper)")
-    entropy_decay: float = option(0.0, "EPO-Decay: the entropy term weighs 1 + this at the first turn, 1 - this at the last")
-    shaping: float = option(0.0, "η of EA, the entropy-shaped advantage; meant for --entropy-coef 0")
-    kl_coef: float = option(0.1, "weight of the KL to the frozen starting policy (the paper: 0.01)")
-    invalid_penalty: float = option(0.01, "taken from the return for each turn without a valid action (the paper: 0.1 of a reward of 10)")
-    reward: str = option("sparse", "sparse: 1 for success, else 0; score: the world's final score / 100, not below 0", choices=("sparse", "score"))
+    dynamic_weight: str = option(
+        "on", "off: β_k = 1 in every step (the paper's EPO w/o DW)", choices=("on", "off")
+    )
+    window: int | None = option(None, "how many of the last steps make H̄_W; else all (the paper)")
+    entropy_decay: float = option(0.0, "EPO-Decay: L_H weighs 1 + this at turn 0, 1 - this at last")
+    shaping: float = option(0.0, "η of EA, the shaped advantage; meant for --entropy-coef 0")
+    kl_coef: float = option(0.1, "weight of the KL to the reference policy (the paper: 0.01)")
+    invalid_penalty: float = option(0.01, "for a turn without a valid action (paper: 0.1 of 10)")
+    reward: str = option(
+        "sparse",
+        "sparse: 1 for success, else 0; score: the final score / 100, not below 0",
+        choices=("sparse", "score"),
+    )
     discount: float = option(1.0, "ppo: γ of the advantages, per turn")
     gae_lambda: float = option(1.0, "ppo: λ of the advantages (GAE)")
-    critic_lr: float = option(0.0, "ppo: the critic's learning rate at its peak, same schedule; 0: 1e-3 for a tiny policy, else 1e-5")
-    critic_minibatches: int = option(16, "ppo: the critic's updates per step; it starts from nothing, so it takes more than the policy")
-    value_clip: float = option(0.5, "ppo: how far a value may move in a step before its loss is held")
-    preset: str = option("", "named settings of presets.py; a flag given beside it wins")
-    eval_every: int = option(20, "steps between evaluations; before the first and after the last step there is always one")
+    critic_lr: float | None = option(None, "ppo: the critic's peak rate; else 1e-3 (tiny) or 1e-5")
+    critic_minibatches: int = option(16, "ppo: the critic's updates per step")
+    value_clip: float = option(0.5, "ppo: how far a value may move in a step before it is clipped")
+    preset: str | None = option(None, "named settings (config.py); a flag given beside it wins")
+    eval_every: int = option(20, "steps between evaluations; the first and the last are always")
     eval_episodes: int = option(36, "episodes per evaluation on each of IID and OOD")
     eval_temperature: float = option(0.4, "sampling temperature of evaluations")
     seed: int = option(0, "seed of every random choice")
     device: str = option("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
-    out: str = option("", "run folder; default: runs/ENV")
+    out: str | None = option(None, "run folder; else runs/ENV")
     resume: bool = option(False, "continue the run in --out from its checkpoint")
-    evaluate: str = option("", "score this checkpoint.pt of a run on the run's evaluation tasks, print the table, and train nothing")
+    evaluate: str | None = option(None, "a run's checkpoint.pt: print its success, train nothing")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                          # one line, not a page of usage
-        self.exit(2, f"train.py: {message}; see --help\n")
+# which settings go to which function of epo.py, as keywords
+SETTINGS_OF = {
+    "epo_loss": ("clip", "entropy_coef", "smoothing", "kappa_l", "kappa_r", "alpha", "kl_coef"),
+    "group_advantages": (),
+}
+
+
+def settings_of(cfg, function):
+    return {name: getattr(cfg, name) for name in SETTINGS_OF[function]}
+
+
+# ---- Presets: the paper's settings (its Tables 2 and 3), and tiny ones for a CPU. The paper counts
+# mini-batches in turns (PPO 64, GRPO 128, ALFWorld 256), here they are updates of a step: with 128
+# episodes of about 20 turns these are near to it.
+PAPER = dict(steps=125, turns=30, max_tokens=512, tasks_per_step=16, group_size=8)
+PAPER |= dict(weight_decay=0.01, warmup=0.1, min_lr=0.2, kl_coef=0.01, invalid_penalty=0.01)
+PAPER |= dict(eval_every=5, eval_temperature=0.4)
+SCIENCEWORLD = dict(PAPER, env="scienceworld", model="Qwen/Qwen2.5-7B-Instruct", alpha=0.05)
+ALFWORLD = dict(PAPER, env="alfworld", model="Qwen/Qwen2.5-3B-Instruct", alpha=0.1)
+ALFWORLD |= dict(steps=150, turns=50, lr=5e-6, minibatches=16)
+TINY = dict(env="scienceworld", model="tiny")
+PPO = dict(algo="ppo", lr=3e-6, minibatches=32, critic_lr=1e-5, critic_minibatches=32)
+GRPO = dict(algo="grpo", lr=5e-6, minibatches=16)
+EPO = dict(entropy_coef=0.001, smoothing="hinge", kappa_l=0.0, kappa_r=2.0, gamma=3.0)
+PLAIN = dict(entropy_coef=0.0, smoothing="off")
+# what each ablation changes of EPO
+ABLATIONS = {
+    "plain": PLAIN,
+    "epo": {},
+    "base": dict(smoothing="off"),
+    "indicator": dict(smoothing="indicator"),
+    "constant": dict(dynamic_weight="off"),
+    "window": dict(window=10),
+    "decay": dict(smoothing="off", entropy_decay=0.5),
+    "ea": dict(PLAIN, shaping=0.4),
+}
+PRESETS = {}
+for ablation, changes in ABLATIONS.items():
+    for algorithm, paper in (("ppo", PPO), ("grpo", GRPO)):
+        PRESETS[f"tiny-{algorithm}-{ablation}"] = {**TINY, "algo": algorithm, **EPO, **changes}
+        if ablation in ("plain", "epo"):
+            for world in (SCIENCEWORLD, ALFWORLD):
+                preset = {**paper, **world, **EPO, **changes}
+                PRESETS[f"{world['env']}-{algorithm}-{ablation}"] = preset
 
 
 def parse(arguments, description=None):
-    """Command line -> Config. A resumed or evaluated run takes what is not given from its config.json; when resumed, nothing given
-    may differ from it."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
-    for f in fields(Config):
-        more = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"), **more)
-    given = vars(parser.parse_args(arguments))
-    if name := given.get("preset"):
-        if name not in PRESETS:
-            raise SetupError(f"unknown --preset {name!r}; there are: {', '.join(PRESETS)}")
-        if "resume" not in given:
-            given = {**PRESETS[name], **given}
-            print(f"preset {name}: " + ", ".join(f"{key} {given[key]}" for key in PRESETS[name]), flush=True)
+    """Command line -> Config. Raises SetupError; ends the program in one line for unknown flags.
+
+    A resumed or evaluated run takes what is not given from its config.json. A resumed run refuses
+    a flag that differs from it.
+    """
+    given = parse_flags(arguments, description)
+    name = given.get("preset")
+    if name is not None and name not in PRESETS:
+        raise SetupError(f"unknown --preset {name!r}; there are: {', '.join(PRESETS)}")
+    if name is not None and "resume" not in given:
+        given = {**PRESETS[name], **given}
+        text = ", ".join(f"{key} {given[key]}" for key in PRESETS[name])
+        print(f"preset {name}: {text}", flush=True)
     cfg = Config(**given)
-    cfg.out = os.path.dirname(cfg.evaluate) if cfg.evaluate else cfg.out or os.path.join("runs", cfg.env)
-    if cfg.resume or cfg.evaluate:
-        flag = "--resume" if cfg.resume else "--evaluate"
-        try:
-            saved = json.load(open(os.path.join(cfg.out, "config.json")))
-        except (OSError, ValueError) as error:
-            raise SetupError(f"{flag}: {cfg.out} holds no run that can be read ({error})") from error
-        if saved.keys() != {f.name for f in fields(Config)}:
-            raise SetupError(f"{flag}: the run in {cfg.out} was made by a version with other flags; go on with that version")
-        for name in given.keys() - {"out", "resume", "device", "tokens_per_batch"} if cfg.resume else ():
-            if given[name] != saved[name]:
-                raise SetupError(f"--resume: --{name.replace('_', '-')} is {given[name]}, but the run in {cfg.out} has {saved[name]}; leave it out")
-        cfg = Config(**{**saved, **given, "out": cfg.out})
-    elif os.path.exists(cfg.out):
-        raise SetupError(f"{cfg.out} exists already; continue it with --resume, or choose another folder with --out")
+    if cfg.evaluate is not None:
+        cfg.out = os.path.dirname(cfg.evaluate)
+    if cfg.out is None:
+        cfg.out = os.path.join("runs", cfg.env)
+    if cfg.resume or cfg.evaluate is not None:
+        cfg = saved_config(cfg, given)
+    elif not is_new(cfg.out):
+        message = "continue it with --resume, or choose another folder with --out"
+        raise SetupError(f"{cfg.out} exists already; {message}")
     check(cfg)
     return cfg
 
 
-def check(cfg):
-    """Refuse what can't work before anything starts. Raises SetupError."""
-    for name in ("steps", "tasks_per_step", "group_size", "minibatches", "tokens_per_batch", "eval_every", "eval_episodes", "temperature",
-                 "eval_temperature", "grad_clip", "clip", "critic_minibatches", "value_clip"):
-        if not getattr(cfg, name) > 0:
-            raise SetupError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
-    for name in ("turns", "lr", "critic_lr", "lora_rank", "entropy_coef", "kl_coef", "weight_decay", "invalid_penalty", "max_tokens", "warmup", "min_lr",
-                 "window", "shaping"):
-        if not getattr(cfg, name) >= 0:
-            raise SetupError(f"--{name.replace('_', '-')} must not be negative, not {getattr(cfg, name)}")
-    for name in ("discount", "gae_lambda", "entropy_decay"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise SetupError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(cfg, name)}")
-    if not 0 <= cfg.seed < 10 ** 12:                   # times a million it must be one of torch's
-        raise SetupError(f"--seed must lie between 0 and 10^12, not {cfg.seed}")
+def parse_flags(arguments, description):
+    """-> {name: value} of the flags that were given."""
+    more = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = HfArgumentParser(Config, description=description, **more)
+    # one line, not a page of usage
+    parser.error = lambda message: parser.exit(2, f"train.py: {message}; see --help\n")
+    not_given = object()
+    parser.set_defaults(**{f.name: not_given for f in fields(Config)})
+    values = vars(parser.parse_args(arguments))
+    return {name: value for name, value in values.items() if value is not not_given}
+
+
+def saved_config(cfg, given):
+    """The configuration of the run in cfg.out, with what may be given anew. Raises SetupError."""
+    saved = read_config(cfg.out)
+    known = {f.name for f in fields(Config)}
+    where = os.path.join(cfg.out, "config.json")
+    if unknown := saved.keys() - known:
+        raise SetupError(f"{where} has a setting that is not known here: {min(unknown)}")
+    if missing := known - saved.keys():
+        print(f"{where} lacks {', '.join(sorted(missing))}: the defaults are taken", flush=True)
+    check(Config(**saved), where)
+    if cfg.resume:
+        for name in given.keys() - {"out", "resume", "device", "tokens_per_batch"}:
+            if given[name] != saved.get(name):
+                flag = "--" + name.replace("_", "-")
+                values = f"{flag} is {given[name]}, but the run has {saved.get(name)}"
+                raise SetupError(f"--resume: {values}; leave it out")
+    return Config(**{**saved, **given, "out": cfg.out})
+
+
+POSITIVE = (
+    "steps tasks_per_step group_size minibatches tokens_per_batch turns max_tokens window "
+    "eval_every eval_episodes grad_clip clip critic_minibatches value_clip"
+).split()
+NOT_NEGATIVE = "lr critic_lr lora_rank entropy_coef kl_coef weight_decay invalid_penalty shaping"
+SHARES = ("discount", "gae_lambda", "entropy_decay", "warmup", "min_lr")
+BOUNDS = {name: (0, 1) for name in SHARES}
+BOUNDS |= {name: (0, math.inf) for name in NOT_NEGATIVE.split()}
+# colder than that, float32 cannot hold the logits; the upper limit keeps torch's seeds in range
+BOUNDS |= {"temperature": (0.01, 100), "eval_temperature": (0.01, 100), "seed": (0, 10**12 - 1)}
+
+
+def check(cfg, source="the command line"):
+    """Refuse what cannot work before any work starts. Raises SetupError."""
+    check_types(cfg, source)
+    for name in POSITIVE:
+        value = getattr(cfg, name)
+        if value is not None and not value > 0:
+            raise SetupError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(cfg, name)
+        if value is not None and not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise SetupError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
+    episodes = cfg.tasks_per_step * cfg.group_size
     if cfg.smoothing == "indicator" and not cfg.entropy_coef:
-        raise SetupError("--smoothing indicator --entropy-coef 0: without entropy terms (λ = 0) nothing is smoothed; leave one out")
+        raise SetupError("--smoothing indicator --entropy-coef 0: without λ nothing is smoothed")
     if cfg.algo == "grpo" and cfg.group_size < 2:
-        raise SetupError(f"--group-size {cfg.group_size}: GRPO compares the episodes of a group, so it needs at least 2")
+        message = "GRPO compares the episodes of a group, so it needs at least 2"
+        raise SetupError(f"--group-size {cfg.group_size}: {message}")
     if cfg.algo == "grpo" and (cfg.discount, cfg.gae_lambda) != (1, 1):
-        raise SetupError("--discount and --gae-lambda are for --algo ppo: a GRPO advantage is the same in all turns of an episode")
-    if cfg.tasks_per_step * cfg.group_size % cfg.minibatches:
-        raise SetupError(f"--minibatches {cfg.minibatches} doesn't divide the {cfg.tasks_per_step * cfg.group_size} episodes of a step")
+        raise SetupError("--discount and --gae-lambda are for --algo ppo: GRPO has no critic")
+    if episodes % cfg.minibatches:
+        raise SetupError(f"--minibatches {cfg.minibatches} doesn't divide the {episodes} episodes")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise SetupError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     try:
         beta(0, cfg.steps, cfg.gamma)
-        smoothing_loss(torch.zeros(1, 1), 0.0, torch.ones(1, 1), cfg.kappa_l, cfg.kappa_r, cfg.alpha)
+        smoothing_loss(torch.zeros(1), 0.0, torch.ones(1), cfg.kappa_l, cfg.kappa_r, cfg.alpha)
     except ValueError as error:
         raise SetupError(str(error)) from error
+
+
+def check_types(cfg, source):
+    """Raises SetupError unless each value has its field's type, is finite and a choice."""
+    types = typing.get_type_hints(Config)
+    for f in fields(cfg):
+        value, allowed = getattr(cfg, f.name), typing.get_args(types[f.name]) or (types[f.name],)
+        flag = f"--{f.name.replace('_', '-')} of {source}"
+        if float in allowed and type(value) is int:
+            value = float(value)
+            setattr(cfg, f.name, value)
+        if type(value) not in allowed:
+            raise SetupError(f"{flag}: {value!r} is not of type {allowed[0].__name__}")
+        choices = f.metadata.get("choices")
+        if choices and value not in choices:
+            raise SetupError(f"{flag}: {value!r} is not one of {', '.join(choices)}")
+        infinite = type(value) is float and not math.isfinite(value)
+        if infinite and not (f.name == "kappa_r" and value == math.inf):
+            raise SetupError(f"{flag}: {value} is not a finite number")
+
+
+def resolve(cfg, policy, world_turns):
+    """Decide what the user left to the policy and the world, and print it."""
+    before = asdict(cfg)
+    tiny = policy.compact
+    choices = {
+        "turns": policy.made_for["turns"] or world_turns,
+        "lr": policy.made_for["lr"] or 5e-6,
+        "max_tokens": policy.made_for["max_tokens"] or (24 if tiny else 512),
+        "critic_lr": 1e-3 if tiny else 1e-5,
+    }
+    for name, value in choices.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    decided = [f"{name} {value}" for name, value in asdict(cfg).items() if before[name] != value]
+    if decided:
+        print("decided here: " + ", ".join(decided), flush=True)
+
+
+def task_names(cfg, policy):
+    """The task types to play as a tuple; () for all of the world's."""
+    if cfg.tasks is None:
+        return tuple(policy.made_for["tasks"] or ())
+    return tuple(filter(None, (name.strip() for name in cfg.tasks.split(","))))

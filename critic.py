@@ -1,92 +1,126 @@
-"""PPO's critic: a copy of the policy's body with a scalar head, one value per turn, and its update.
+"""PPO's critic: a copy of the policy's body with a scalar head, its advantages and its update.
 
-The value of turn t is read at the last token of its prompt, before the policy writes: so the advantage that `epo.gae` makes
-of it is the paper's A_t, one number for all the tokens of the turn.
+The value of turn t is read at the last token of its prompt, before the policy writes. The advantage
+that `gae` makes of it is therefore the paper's A_t, one number for all the tokens of the turn.
 """
+
 import copy
 from contextlib import contextmanager
 
 import torch
 
-from rollout import add_lora, by_length, pad_left, precision, trained
+from rollout import last_hidden, micro_batches
+from support.loading import add_lora, trained
 
 
 class Critic(torch.nn.Module):
-    """V(prompt), in units of reward. The head starts at 0: nothing is expected before something was seen.
+    """V(prompt), in units of reward. The head begins at 0: no reward is expected at first.
 
-    Its body is a copy of the policy's; with LoRA it is the policy's own, with a second adapter switched on.
+    Its body is a copy of the policy's. With LoRA it is the policy's own, with a second adapter.
     """
 
     def __init__(self, model, lora_rank=0):
         super().__init__()
-        self.adapted = [model] if lora_rank else []        # in a list, so that it doesn't count as part of this module
+        # in a list, so that the policy does not count as part of this module
+        self.shared = [model] if lora_rank else []
         if lora_rank:
             add_lora(model, "critic", lora_rank)
             model.set_adapter("policy")
             model.to(model.device)
         else:
             self.body = copy.deepcopy(model.base_model)
-            self.body.mixed = model.mixed
-        self.head = torch.nn.Linear(model.get_output_embeddings().weight.shape[1], 1).to(model.device)
+        width = model.get_output_embeddings().weight.shape[1]
+        self.head = torch.nn.Linear(width, 1).to(model.device)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 
     def trained(self):
         """The parameters that learn, by name."""
-        return {**dict(self.named_parameters()), **(trained(self.adapted[0], "critic") if self.adapted else {})}
+        adapter = trained(self.shared[0], "critic") if self.shared else {}
+        return {**dict(self.named_parameters()), **adapter}
 
     @contextmanager
-    def switched_on(self):
-        for model in self.adapted:
+    def adapter(self):
+        """With LoRA, switch from the policy's adapter to the critic's and back."""
+        for model in self.shared:
             model.set_adapter("critic")
         try:
             yield
         finally:
-            for model in self.adapted:
+            for model in self.shared:
                 model.set_adapter("policy")
 
     def forward(self, turns):
         """Turns -> their values (N,), in the order given."""
-        body = self.adapted[0].base_model if self.adapted else self.body
-        ids, attention = pad_left([t.prompt for t in turns], self.head.weight.device)
-        body.train(torch.is_grad_enabled())
-        with precision(self.adapted[0] if self.adapted else body):
-            hidden = body(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0), use_cache=False)
-        return self.head(hidden.last_hidden_state[:, -1].float())[:, 0]
+        body = self.shared[0].base_model if self.shared else self.body
+        hidden, number = last_hidden(body, [t.prompt for t in turns])
+        last = [len(t.prompt) - 1 for t in turns]
+        return self.head(hidden[number, last].float())[:, 0]
 
     @torch.no_grad()
     def values(self, turns, tokens_per_batch):
+        """Turns -> their values (N,) on the CPU, without a gradient."""
         values = torch.zeros(len(turns))
-        with self.switched_on():
-            for part in by_length(turns, range(len(turns)), tokens_per_batch):
+        with self.adapter():
+            for part in micro_batches(turns, range(len(turns)), tokens_per_batch):
                 values[part] = self([turns[i] for i in part]).cpu()
         return values
 
 
+def gae(values, rewards, last, discount=1.0, gae_lambda=1.0):
+    """Generalized advantage estimation over turns, A_t = Σ_l (γλ)^l δ_(t+l).
+
+    δ_t = r_t + γ·V_(t+1) - V_t. values, rewards (N,): the turns of an episode one after the other,
+    episode after episode; last (N,): True at an episode's last turn, after which V is 0. -> (N,)
+    A_t + V_t is what the critic learns. γ and λ are discount and gae_lambda, not those of EPO.
+    """
+    advantages = torch.zeros_like(values)
+    next_advantage, next_value = 0.0, 0.0
+    for t in reversed(range(len(values))):
+        if last[t]:
+            next_advantage, next_value = 0.0, 0.0
+        delta = rewards[t] + discount * next_value - values[t]
+        next_advantage = delta + discount * gae_lambda * next_advantage
+        next_value = values[t]
+        advantages[t] = next_advantage
+    return advantages
+
+
 def value_loss(values, old_values, targets, clip):
-    """½·mean of the larger squared error of the value and of the value held within `clip` of the old one. All (N,) -> scalar."""
-    held = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - targets) ** 2, (held - targets) ** 2).mean()
+    """½·mean of the larger squared error: of the value, or of the value clipped around the old one.
+
+    All (N,) -> scalar.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - targets) ** 2, (clipped - targets) ** 2).mean()
 
 
 def explained_variance(values, targets):
-    """1 - Var(targets - values) / Var(targets): 1 is a perfect critic, 0 one that knows no more than the mean. -> float"""
+    """1 - Var(targets - values) / Var(targets): 1 is perfect, 0 is no better than the mean."""
     variance = targets.var(unbiased=False)
-    return (1 - (targets - values).var(unbiased=False) / variance).item() if variance > 0 else 0.0
+    if variance == 0:
+        return 0.0
+    return (1 - (targets - values).var(unbiased=False) / variance).item()
 
 
 def update_critic(critic, optimizer, turns, old_values, targets, cfg):
     """One pass over the step's turns in cfg.critic_minibatches updates. -> what is logged."""
     total, norms = 0.0, []
-    with critic.switched_on():
+    with critic.adapter():
         for part in torch.randperm(len(turns)).chunk(cfg.critic_minibatches):
-            for m in by_length(turns, part.tolist(), cfg.tokens_per_batch):
-                values = critic([turns[i] for i in m])
-                loss = value_loss(values, old_values[m].to(values), targets[m].to(values), cfg.value_clip) * len(m) / len(part)
-                loss.backward()
-                total += loss.item() * len(part) / len(turns)
-            norms.append(torch.nn.utils.clip_grad_norm_(critic.trained().values(), cfg.grad_clip).item())
+            for micro in micro_batches(turns, part.tolist(), cfg.tokens_per_batch):
+                values = critic([turns[i] for i in micro])
+                old, target = old_values[micro].to(values), targets[micro].to(values)
+                loss = value_loss(values, old, target, cfg.value_clip) * len(micro)
+                (loss / len(part)).backward()
+                total += loss.item() / len(turns)
+            norm = torch.nn.utils.clip_grad_norm_(critic.trained().values(), cfg.grad_clip)
+            norms.append(norm.item())
             optimizer.step()
             optimizer.zero_grad()
-    return {"value_loss": total, "value_grad_norm": sum(norms) / len(norms), "value": old_values.mean().item(),
-            "explained_variance": explained_variance(old_values, targets)}
+    return {
+        "value_loss": total,
+        "value_grad_norm": sum(norms) / len(norms),
+        "value": old_values.mean().item(),
+        "explained_variance": explained_variance(old_values, targets),
+    }

@@ -1,4 +1,6 @@
-"""The loop: the same gradient for any split, the log, resuming after a kill, and one clear line for bad input."""
+"""The loop: the same gradient for any split, the log, resuming after a kill, and one clear line
+for bad input."""
+
 import contextlib
 import copy
 import io
@@ -18,22 +20,48 @@ import torch
 
 import config
 import train
+import update
+from config import PRESETS
 from critic import Critic, explained_variance, update_critic, value_loss
-from envs import SetupError, Task
+from envs import KeyQuest, Task
 from epo import epo_loss, token_logp_and_entropy
-from keyquest import KeyQuest
-from presets import PRESETS
-from rollout import HERE, collect, load_policy
-from variants import decayed_weights, shaped_advantages
+from rollout import collect
+from support.learner import Learner, make_schedules
+from support.loading import ROOT, load_policy
+from support.report import progress
+from support.run_folder import SetupError, save_tensors, write_whole
 
-SMALL = ["--env", "keyquest", "--tasks", "short", "--steps", "4", "--turns", "8", "--tasks-per-step", "4", "--group-size", "4",
-         "--minibatches", "2", "--eval-every", "2", "--eval-episodes", "6"]
+SMALL = [
+    "--env",
+    "keyquest",
+    "--tasks",
+    "short",
+    "--steps",
+    "4",
+    "--turns",
+    "8",
+    "--tasks-per-step",
+    "4",
+    "--group-size",
+    "4",
+    "--minibatches",
+    "2",
+    "--eval-every",
+    "2",
+    "--eval-episodes",
+    "6",
+]
 
 
 def run(arguments):
-    """train.py, in this process: importing torch and transformers anew takes longer than most runs here."""
+    """train.py, in this process: importing torch and transformers anew takes longer than most
+    runs here."""
     output, error = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(error),
+    ):
         patch.setattr(sys, "argv", ["train.py", *arguments])
         try:
             train.main()
@@ -46,7 +74,10 @@ def run(arguments):
 
 def rows(out, timing=False):
     """log.jsonl without what a clock decides."""
-    return [{k: v for k, v in json.loads(line).items() if timing or not k.startswith("seconds")} for line in open(os.path.join(out, "log.jsonl"))]
+    return [
+        {k: v for k, v in json.loads(line).items() if timing or not k.startswith("seconds")}
+        for line in open(os.path.join(out, "log.jsonl"))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +91,19 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def batch():
     policy, world = load_policy("tiny", "keyquest"), KeyQuest()
-    episodes, _, _ = collect(world, policy, world.tasks("train")[:8], 7, 1.0, 8, torch.Generator().manual_seed(0))
+    episodes, _, _ = collect(
+        world, policy, world.tasks("train")[:8], 7, 1.0, 8, torch.Generator().manual_seed(0)
+    )
     advantages = torch.randn(8, generator=torch.Generator().manual_seed(1))
-    return policy, episodes, torch.cat([advantages[i].repeat(len(e.turns)) for i, e in enumerate(episodes)])
+    owner = torch.tensor([i for i, e in enumerate(episodes) for _ in e.turns])
+    return policy, episodes, advantages[owner]
+
+
+def flat_batch(episodes, advantages, cfg):
+    """-> the turns and their Batch; advantages (N,)"""
+    turns = [turn for episode in episodes for turn in episode.turns]
+    owner = torch.tensor([i for i, e in enumerate(episodes) for _ in e.turns])
+    return turns, update.make_batch(turns, owner, advantages, cfg)
 
 
 def gradient(batch, **options):
@@ -70,9 +111,11 @@ def gradient(batch, **options):
     policy, episodes, advantages = batch
     policy = copy.copy(policy)
     policy.model = copy.deepcopy(policy.model).double()
-    policy.start = copy.deepcopy(policy.model).requires_grad_(False)
+    policy.reference = copy.deepcopy(policy.model).requires_grad_(False)
     for p in policy.model.parameters():
-        p.data += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
+        p.data += 0.01 * torch.randn(
+            p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype
+        )
     taken = []
 
     class Record:
@@ -81,49 +124,87 @@ def gradient(batch, **options):
 
         def zero_grad(self):
             policy.model.zero_grad()
-    cfg = config.Config(**{"minibatches": 1, "grad_clip": 1e9, "kl_coef": 0.3, "entropy_coef": 0.5, "kappa_l": 0.5, "kappa_r": 1.2,
-                          "alpha": 1.0, **options})
+
+    cfg = config.Config(
+        **{
+            "minibatches": 1,
+            "grad_clip": 1e9,
+            "kl_coef": 0.3,
+            "entropy_coef": 0.5,
+            "kappa_l": 0.5,
+            "kappa_r": 1.2,
+            "alpha": 1.0,
+            **options,
+        }
+    )
     torch.manual_seed(0)
-    log = train.update(policy, Record(), episodes, advantages, 0.4, 1.5, cfg, train.bar("", 1))
+    learner = Learner(policy, Record(), None, None, [])
+    turns, flat = flat_batch(episodes, advantages, cfg)
+    log = update.update(learner, turns, flat, 0.4, 1.5, cfg, progress("", 1))
     return taken, log
 
 
 def test_gradient_is_the_same_for_any_micro_batch_size(batch, monkeypatch):
-    """The loss is divided by the whole batch's weights, so memory settings can't change what is learnt."""
-    (whole,), log = gradient(batch, tokens_per_batch=10 ** 6)
+    """The loss is divided by the whole batch's weights, so memory settings can't change what is
+    learnt."""
+    (whole,), log = gradient(batch, tokens_per_batch=10**6)
     assert whole.abs().max() > 1e-3
-    for size, at_once in ((1, 2 ** 25), (50, 27), (300, 100), (10 ** 6, 27 * 5)):
-        monkeypatch.setattr(train, "LOGITS_AT_ONCE", at_once)                 # 1, 3 and 5 tokens, of a vocabulary of 27
+    for size, at_once in ((1, 2**25), (50, 27), (300, 100), (10**6, 27 * 5)):
+        monkeypatch.setattr(
+            update, "LOGITS_AT_ONCE", at_once
+        )  # 1, 3 and 5 tokens, of a vocabulary of 27
         (split,), other = gradient(batch, tokens_per_batch=size)
         assert (split - whole).abs().max() < 1e-5 * whole.abs().max()
         assert all(abs(other[k] - log[k]) < 1e-5 for k in log)
 
 
 def test_gradient_is_that_of_the_direct_formula(batch):
-    """`update` goes through the output matrix a few tokens at a time; here all logits of all tokens, one turn after another."""
+    """`update` goes through the output matrix a few tokens at a time; here all logits of all
+    tokens, one turn after another."""
     (taken,), log = gradient(batch)
     policy, episodes, advantages = batch
     model = copy.deepcopy(policy.model).double()
     start = copy.deepcopy(model)
     for p in model.parameters():
-        p.data += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
+        p.data += 0.01 * torch.randn(
+            p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype
+        )
     loss, number = 0.0, 0
     for e in episodes:
         for t in e.turns:
-            ids, n = torch.tensor([t.prompt + t.written]), len(t.written)
-            logits, start_logits = model(ids).logits[:, -n - 1:-1], start(ids).logits[:, -n - 1:-1].detach()
-            tokens, w = torch.tensor([t.written]), torch.full((1, n), 1 / (n * len(e.turns) * len(episodes)), dtype=torch.float64)
+            ids, n = torch.tensor([t.prompt + t.response]), len(t.response)
+            logits = model(ids).logits[0, -n - 1 : -1]
+            reference_logits = start(ids).logits[0, -n - 1 : -1].detach()
+            tokens = torch.tensor(t.response)
+            w = torch.full((n,), 1 / (n * len(e.turns) * len(episodes)), dtype=torch.float64)
             logp, entropy = token_logp_and_entropy(logits, tokens)
-            part, _ = epo_loss(logp, torch.tensor([t.logp]), entropy, advantages[number:number + 1], w, 0.4, 1.5, 0.5, 0.5, 1.2, 1.0)
-            loss = loss + part + 0.3 * train.kl_loss(logp, token_logp_and_entropy(start_logits, tokens)[0], w)
+            part, _ = epo_loss(
+                logp=logp,
+                old_logp=torch.tensor(t.logp),
+                entropy=entropy,
+                advantages=advantages[number],
+                weights=w,
+                history_mean=0.4,
+                beta_k=1.5,
+                entropy_coef=0.5,
+                kappa_l=0.5,
+                kappa_r=1.2,
+                alpha=1.0,
+                reference_logp=token_logp_and_entropy(reference_logits, tokens)[0],
+                kl_coef=0.3,
+            )
+            loss = loss + part
             number += 1
     loss.backward()
     direct = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert (taken - direct).abs().max() < 1e-5 * direct.abs().max() and abs(loss.item() - log["loss"]) < 1e-6
+    assert (taken - direct).abs().max() < 1e-5 * direct.abs().max() and abs(
+        loss.item() - log["loss"]
+    ) < 1e-6
 
 
 def test_mini_batches_are_an_unbiased_split_of_the_batch(batch):
-    """Without a step in between, the mean of the mini-batches' gradients is the gradient of the batch (Eq. 2's weights)."""
+    """Without a step in between, the mean of the mini-batches' gradients is the gradient of the
+    batch (Eq. 2's weights)."""
     (whole,), log = gradient(batch)
     parts, other = gradient(batch, minibatches=4)
     assert len(parts) == 4 and (sum(parts) / 4 - whole).abs().max() < 1e-5 * whole.abs().max()
@@ -132,22 +213,22 @@ def test_mini_batches_are_an_unbiased_split_of_the_batch(batch):
 
 def test_logged_terms_add_up_to_the_loss(batch):
     _, log = gradient(batch)
-    total = log["policy_loss"] - 0.5 * (log["entropy_loss"] - 1.5 * log["smoothing_loss"]) + 0.3 * log["kl"]
+    total = (
+        log["policy_loss"]
+        - 0.5 * (log["entropy_loss"] - 1.5 * log["smoothing_loss"])
+        + 0.3 * log["kl"]
+    )
     assert abs(total - log["loss"]) < 1e-6 and log["smoothing_loss"] > 0 and log["kl"] > 0
 
 
-def test_variants_by_hand():
-    """Turns 0, 2 and 4 of at most 5, decay 0.5: 1.5, 1, 0.5. EA with η = 0.5, κ = 2: A + min(H / 2, |A| / 2)."""
-    weights = torch.tensor([[0.25, 0.25], [0.25, 0.0], [0.125, 0.125]])
-    assert torch.equal(decayed_weights(weights, torch.tensor([0, 2, 4]), 5, 0.5), weights * torch.tensor([[1.5], [1.0], [0.5]]))
-    assert torch.equal(decayed_weights(weights, torch.tensor([0, 0, 0]), 1, 0.0), weights)
-    entropy = torch.tensor([[0.0, 1.0, 4.0], [0.0, 1.0, 4.0]], requires_grad=True)
-    shaped = shaped_advantages(torch.tensor([1.0, -2.0]), entropy, 0.5)
-    assert torch.equal(shaped, torch.tensor([[1.0, 1.5, 1.5], [-2.0, -1.5, -1.0]])) and not shaped.requires_grad
-    assert torch.equal(shaped_advantages(torch.tensor([1.0, -2.0]), entropy, 0.0), torch.tensor([[1.0] * 3, [-2.0] * 3]))
-
-
-@pytest.mark.parametrize("options,changed", [({"entropy_decay": 0.5}, True), ({"shaping": 0.4}, True), ({"entropy_decay": 0.0, "shaping": 0.0}, False)])
+@pytest.mark.parametrize(
+    "options,changed",
+    [
+        ({"entropy_decay": 0.5}, True),
+        ({"shaping": 0.4}, True),
+        ({"entropy_decay": 0.0, "shaping": 0.0}, False),
+    ],
+)
 def test_variants_reach_the_gradient_and_are_nothing_at_zero(batch, options, changed):
     (plain,), log = gradient(batch, turns=7)
     (other,), other_log = gradient(batch, turns=7, **options)
@@ -157,14 +238,39 @@ def test_variants_reach_the_gradient_and_are_nothing_at_zero(batch, options, cha
 
 @pytest.mark.parametrize("algo", ["grpo", "ppo"])
 def test_indicator_equals_base_in_every_weight_and_the_hinge_does_not(algo, tmp_path):
-    """v1's smoothing after 3 steps on KeyQuest: bit for bit the weights of a run without smoothing. Under PPO too: the published
+    """v1's smoothing after 3 steps on KeyQuest: bit for bit the weights of a run without
+    smoothing. Under PPO too: the published
     launcher passed its smoothing flags for GRPO only."""
     weights = {}
     for form in ("off", "indicator", "hinge"):
         out = str(tmp_path / form)
-        assert run([*SMALL, "--algo", algo, "--steps", "3", "--smoothing", form, "--kappa-r", "1", "--alpha", "1", "--entropy-coef", "0.01", "--out", out]).returncode == 0
+        assert (
+            run(
+                [
+                    *SMALL,
+                    "--algo",
+                    algo,
+                    "--steps",
+                    "3",
+                    "--smoothing",
+                    form,
+                    "--kappa-r",
+                    "1",
+                    "--alpha",
+                    "1",
+                    "--entropy-coef",
+                    "0.01",
+                    "--out",
+                    out,
+                ]
+            ).returncode
+            == 0
+        )
         weights[form] = torch.load(os.path.join(out, "checkpoint.pt"))["model"]
-    same = {form: all(torch.equal(weights[form][name], w) for name, w in weights["off"].items()) for form in weights}
+    same = {
+        form: all(torch.equal(weights[form][name], w) for name, w in weights["off"].items())
+        for form in weights
+    }
     assert same == {"off": True, "indicator": True, "hinge": False}
 
 
@@ -172,26 +278,23 @@ def test_window_and_constant_weight(tmp_path):
     out = str(tmp_path / "out")
     assert run([*SMALL, "--window", "1", "--dynamic-weight", "off", "--out", out]).returncode == 0
     log = rows(out)[:-1]
-    assert [r["beta"] for r in log] == [1.0] * 4 and [r["reference"] for r in log[1:]] == [r["entropy"] for r in log[:-1]]
-
-
-def test_kl_is_zero_at_the_start_and_positive_after(batch):
-    x = torch.tensor([[-1.0, -2.0]])
-    w = torch.tensor([[0.5, 0.5]])
-    assert train.kl_loss(x, x, w) == 0
-    # k3 by hand: d = (0.5, -0.5): e^0.5 - 1.5 = 0.14872, e^-0.5 - 0.5 = 0.10653, mean 0.12763
-    assert abs(train.kl_loss(x, x + torch.tensor([[0.5, -0.5]]), w).item() - 0.12763) < 1e-5
+    assert [r["beta"] for r in log] == [1.0] * 4 and [r["history_mean"] for r in log[1:]] == [
+        r["entropy"] for r in log[:-1]
+    ]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(batch, tmp_path):
     policy, episodes, advantages = batch
     before = {k: v.clone() for k, v in policy.model.state_dict().items()}
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1.0)
+    cfg = config.Config(minibatches=1, kl_coef=0.0, out=str(tmp_path))
+    learner = Learner(policy, optimizer, None, None, [])
+    turns, flat = flat_batch(episodes, advantages * float("nan"), cfg)
     with pytest.raises(SetupError, match="not finite"):
-        train.update(policy, optimizer, episodes, advantages * float("nan"), None, 2.0,
-                     config.Config(minibatches=1, kl_coef=0.0, out=str(tmp_path)), train.bar("", 1))
+        update.update(learner, turns, flat, None, 2.0, cfg, progress("", 1))
     saved = torch.load(tmp_path / "bad-batch.pt")
-    assert saved["turns"][0]["prompt"] == episodes[0].turns[0].prompt and len(saved["turns"]) == len(saved["advantages"])
+    assert saved["turns"][0]["prompt"] == episodes[0].turns[0].prompt
+    assert len(saved["advantages"]) == sum(len(t["response"]) for t in saved["turns"])
     assert all(torch.equal(v, before[k]) for k, v in policy.model.state_dict().items())
     policy.model.zero_grad()
 
@@ -200,18 +303,50 @@ def test_the_log_of_a_run(finished):
     out, printed = finished
     log = rows(out, timing=True)
     assert [r["step"] for r in log] == [0, 1, 2, 3, 4]
-    assert ["iid_success" in r for r in log] == [True, False, True, False, True] and "success" not in log[-1]
-    wanted = {"step", "reward", "success", "invalid", "entropy", "entropy_by_turn", "reference", "corridor_low", "corridor_high", "outside",
-              "beta", "loss", "policy_loss", "entropy_loss", "smoothing_loss", "kl", "clip_fraction", "grad_norm", "lr", "turns", "tokens",
-              "seconds_load", "seconds_generate", "seconds_environment", "seconds_train"}
+    assert ["iid_success" in r for r in log] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ] and "success" not in log[-1]
+    wanted = {
+        "step",
+        "reward",
+        "success",
+        "invalid",
+        "entropy",
+        "entropy_by_turn",
+        "history_mean",
+        "corridor_low",
+        "corridor_high",
+        "outside",
+        "beta",
+        "loss",
+        "policy_loss",
+        "entropy_loss",
+        "smoothing_loss",
+        "kl",
+        "clip_fraction",
+        "grad_norm",
+        "lr",
+        "turns",
+        "tokens",
+        "seconds_load",
+        "seconds_generate",
+        "seconds_environment",
+        "seconds_train",
+    }
     assert all(wanted <= r.keys() for r in log[:-1])
     # Algorithm 1: no reference in step 0, then the mean of the entropies of the steps before
-    assert log[0]["reference"] is None and log[0]["smoothing_loss"] == 0
+    assert log[0]["history_mean"] is None and log[0]["smoothing_loss"] == 0
     for k in (1, 2, 3):
-        assert log[k]["reference"] == pytest.approx(sum(r["entropy"] for r in log[:k]) / k)
-        assert log[k]["corridor_high"] == pytest.approx(2 * log[k]["reference"])
-    assert log[0]["net_above_cap"] == 1 and log[2]["net_above_cap"] == pytest.approx(1 - 0.1 * log[2]["beta"])
-    assert log[0]["beta"] == 2 and log[2]["beta"] == pytest.approx(1 + 2.718281828 ** -3)
+        assert log[k]["history_mean"] == pytest.approx(sum(r["entropy"] for r in log[:k]) / k)
+        assert log[k]["corridor_high"] == pytest.approx(2 * log[k]["history_mean"])
+    assert log[0]["net_above_cap"] == 1 and log[2]["net_above_cap"] == pytest.approx(
+        1 - 0.05 * log[2]["beta"]
+    )
+    assert log[0]["beta"] == 2 and log[2]["beta"] == pytest.approx(1 + 2.718281828**-3)
     assert len(log[0]["entropy_by_turn"]) == 8 and log[0]["clip_fraction"] < 0.2
     assert json.load(open(os.path.join(out, "config.json")))["turns"] == 8
     assert len(json.load(open(os.path.join(out, "tasks.json")))["ood"]) == 6
@@ -221,52 +356,110 @@ def test_the_log_of_a_run(finished):
 
 
 def test_a_run_killed_ten_times_at_random_ends_with_the_log_of_an_undisturbed_one(tmp_path):
-    """kill -9 at any moment: in the rollout, the update, between the log and the checkpoint, while a file is written."""
+    """kill -9 at any moment: in the rollout, the update, between the log and the checkpoint,
+    while a file is written."""
     whole, out = str(tmp_path / "whole"), str(tmp_path / "killed")
     more = [*SMALL, "--steps", "16", "--eval-every", "4"]
     assert run([*more, "--out", whole]).returncode == 0
     step = sum(r["seconds"] for r in rows(whole, timing=True)) / 17
     for life in range(10):
-        process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *(["--resume"] if life else more), "--out", out],
-                                   stdout=subprocess.PIPE, text=True)
-        assert "writing to" in process.stdout.readline()                                 # everything before is start-up
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                os.path.join(ROOT, "train.py"),
+                *(["--resume"] if life else more),
+                "--out",
+                out,
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        # everything before is start-up
+        assert any("writing to" in line for line in iter(process.stdout.readline, ""))
         time.sleep(random.uniform(0, 1.5 * step))
         process.kill()
         assert process.wait() == -signal.SIGKILL
     with open(os.path.join(out, "log.jsonl"), "a") as log:
-        log.write('{"step": 16, "rew')                 # and half a row, as a full disk leaves it
+        log.write('{"step": 16, "rew')  # and half a row, as a full disk leaves it
     result = run(["--out", out, "--resume"])
     assert result.returncode == 0, result.stderr
     assert rows(out) == rows(whole) and [r["step"] for r in rows(out)] == list(range(17))
 
 
-@pytest.mark.parametrize("env,program", [("scienceworld", "java"), ("alfworld", "alfworld_engine.py")])
+@pytest.mark.parametrize("env,program", [("scienceworld", "java"), ("alfworld", "alfworld_engine")])
 def test_a_simulator_killed_from_outside_does_not_end_a_run(env, program, tmp_path):
     out = str(tmp_path / env)
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), "--env", env, "--games", "generated", "--steps", "3", "--turns", "8",
-                                "--tasks-per-step", "2", "--group-size", "4", "--eval-episodes", "2", "--out", out], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            os.path.join(ROOT, "train.py"),
+            "--env",
+            env,
+            "--games",
+            "generated",
+            "--steps",
+            "3",
+            "--turns",
+            "8",
+            "--tasks-per-step",
+            "2",
+            "--group-size",
+            "4",
+            "--eval-episodes",
+            "2",
+            "--out",
+            out,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("step   0"):
-            time.sleep(0.3)                            # into the next step
-            found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", program], capture_output=True, text=True).stdout.split()
+            time.sleep(0.3)  # into the next step
+            found = subprocess.run(
+                ["pgrep", "-P", str(process.pid), "-f", program], capture_output=True, text=True
+            ).stdout.split()
             os.kill(int(found[0]), signal.SIGKILL)
     log = rows(out)
-    assert found and process.wait() == 0 and len(log) == 4 and all(r["episodes"] + r["lost"] == 8 for r in log[:3]) and log[3]["iid_lost"] == 0
+    assert (
+        found
+        and process.wait() == 0
+        and len(log) == 4
+        and all(r["episodes"] + r["lost"] == 8 for r in log[:3])
+        and log[3]["iid_lost"] == 0
+    )
 
 
 def test_a_ppo_run_resumes_with_its_critic(tmp_path):
-    """2 of 4 steps, then the rest, end with the log of 4: the critic and its optimizer are in the checkpoint."""
+    """2 of 4 steps, then the rest, end with the log of 4: the critic and its optimizer are in the
+    checkpoint."""
     whole, out = str(tmp_path / "whole"), str(tmp_path / "parts")
     assert run([*SMALL, "--algo", "ppo", "--group-size", "1", "--out", whole]).returncode == 0
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *SMALL, "--algo", "ppo", "--group-size", "1", "--out", out],
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            os.path.join(ROOT, "train.py"),
+            *SMALL,
+            "--algo",
+            "ppo",
+            "--group-size",
+            "1",
+            "--out",
+            out,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("step   1"):
             process.send_signal(signal.SIGKILL)
     process.wait()
     assert run(["--out", out, "--resume"]).returncode == 0
     assert rows(out) == rows(whole)
-    assert all({"value", "value_loss", "value_grad_norm", "explained_variance"} <= row.keys() for row in rows(out)[:-1])
+    assert all(
+        {"value", "value_loss", "value_grad_norm", "explained_variance"} <= row.keys()
+        for row in rows(out)[:-1]
+    )
 
 
 def test_critic_reads_the_last_prompt_token_whatever_the_batch(batch):
@@ -274,7 +467,7 @@ def test_critic_reads_the_last_prompt_token_whatever_the_batch(batch):
     torch.manual_seed(0)
     critic = Critic(policy.model)
     turns = [t for e in episodes for t in e.turns][:12]
-    assert critic.values(turns, 5).tolist() == [0.0] * 12                # before it has learnt anything
+    assert critic.values(turns, 5).tolist() == [0.0] * 12  # before it has learnt anything
     torch.nn.init.normal_(critic.head.weight)
     whole = critic.values(turns, 12)
     assert torch.allclose(critic.values(turns, 1), whole, atol=1e-5) and whole.std() > 0.1
@@ -283,11 +476,17 @@ def test_critic_reads_the_last_prompt_token_whatever_the_batch(batch):
 
 
 def test_value_loss_by_hand():
-    """Old 0, clip 0.5. Value 1: held at 0.5; towards a target of 2 the held error counts (1.5²), away from one of -1 the free one (2²)."""
+    """Old 0, clip 0.5. Value 1: held at 0.5; towards a target of 2 the held error counts (1.5²),
+    away from one of -1 the free one (2²)."""
     x = lambda *v: torch.tensor(v)
-    assert value_loss(x(1.0, 1.0), x(0.0, 0.0), x(2.0, -1.0), 0.5).item() == pytest.approx(0.5 * (1.5 ** 2 + 2 ** 2) / 2)
-    assert value_loss(x(0.25), x(0.0), x(1.0), 0.5).item() == pytest.approx(0.5 * 0.75 ** 2)
-    assert explained_variance(x(1.0, 2.0, 3.0), x(1.0, 2.0, 3.0)) == 1 and explained_variance(x(2.0, 2.0, 2.0), x(1.0, 2.0, 3.0)) == 0
+    assert value_loss(x(1.0, 1.0), x(0.0, 0.0), x(2.0, -1.0), 0.5).item() == pytest.approx(
+        0.5 * (1.5**2 + 2**2) / 2
+    )
+    assert value_loss(x(0.25), x(0.0), x(1.0), 0.5).item() == pytest.approx(0.5 * 0.75**2)
+    assert (
+        explained_variance(x(1.0, 2.0, 3.0), x(1.0, 2.0, 3.0)) == 1
+        and explained_variance(x(2.0, 2.0, 2.0), x(1.0, 2.0, 3.0)) == 0
+    )
     assert explained_variance(x(1.0, 2.0), x(5.0, 5.0)) == 0
 
 
@@ -295,22 +494,52 @@ def test_critic_learns_the_same_for_any_micro_batch(batch):
     policy, episodes, _ = batch
     turns, heads = [t for e in episodes for t in e.turns], []
     targets = torch.tensor([float(len(t.prompt) % 3) for t in turns])
-    for size in (10 ** 6, 60):
+    for size in (10**6, 60):
         torch.manual_seed(0)
         critic = Critic(policy.model)
         optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
-        log = update_critic(critic, optimizer, turns, torch.zeros(len(turns)), targets, config.Config(critic_minibatches=2, tokens_per_batch=size))
+        log = update_critic(
+            critic,
+            optimizer,
+            turns,
+            torch.zeros(len(turns)),
+            targets,
+            config.Config(critic_minibatches=2, tokens_per_batch=size),
+        )
         heads.append(critic.head.weight.detach())
-    assert log["value_loss"] == pytest.approx(0.5 * (targets ** 2).mean().item(), rel=0.3)
+    assert log["value_loss"] == pytest.approx(0.5 * (targets**2).mean().item(), rel=0.3)
     assert heads[0].abs().max() > 1e-3 and torch.allclose(*heads, atol=1e-6)
 
 
 @pytest.mark.parametrize("algo", ["grpo", "ppo"])
 def test_it_learns(algo, tmp_path):
-    """From a start that can write and walk and has no idea what for, to 90 % on layouts it never saw, within a minute."""
+    """From a start that can write and walk and has no idea what for, to 90 % on layouts it never
+    saw, within a minute."""
     out = str(tmp_path / algo)
-    result = run(["--env", "keyquest", "--tasks", "short", "--algo", algo, "--steps", "32", "--turns", "20", "--minibatches", "4",
-                  "--kl-coef", "0.01", "--eval-every", "8", "--eval-episodes", "50", "--out", out])
+    result = run(
+        [
+            "--env",
+            "keyquest",
+            "--tasks",
+            "short",
+            "--algo",
+            algo,
+            "--steps",
+            "32",
+            "--turns",
+            "20",
+            "--minibatches",
+            "4",
+            "--kl-coef",
+            "0.01",
+            "--eval-every",
+            "8",
+            "--eval-episodes",
+            "50",
+            "--out",
+            out,
+        ]
+    )
     assert result.returncode == 0, result.stderr
     evaluations = [r["iid_success"] for r in rows(out) if "iid_success" in r]
     assert evaluations[0] < 0.5 and max(evaluations[1:]) > 0.9, evaluations
@@ -321,6 +550,12 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, tmp_path
     shutil.copytree(finished[0], out)
     os.remove(os.path.join(out, "checkpoint.pt"))
     result = run(["--out", out, "--resume"])
+    assert result.returncode == 1 and one_line(result.stderr) and "log of several" in result.stderr
+    log = os.path.join(out, "log.jsonl")
+    first_row = open(log).readline()
+    with open(log, "w") as file:
+        file.write(first_row)
+    result = run(["--out", out, "--resume"])
     assert result.returncode == 0, result.stderr
     assert rows(out) == rows(finished[0])
 
@@ -329,11 +564,27 @@ def test_a_saved_policy_scores_as_at_the_end_of_its_run(finished):
     result = run(["--evaluate", os.path.join(finished[0], "checkpoint.pt")])
     assert result.returncode == 0, result.stderr
     last = rows(finished[0])[-1]
-    assert result.stdout.splitlines()[-1].split() == ["all", f"{last['iid_success']:.3f}", f"{last['ood_success']:.3f}"]
-    assert run(["--evaluate", os.path.join(finished[0], "checkpoint.pt"), "--eval-episodes", "3"]).returncode == 0
-    for flag, value in (("--lora-rank", "4"), ("--model", os.path.join(HERE, "models", "scienceworld"))):
+    assert result.stdout.splitlines()[-1].split() == [
+        "all",
+        f"{last['iid_success']:.3f}",
+        f"{last['ood_success']:.3f}",
+    ]
+    assert (
+        run(
+            ["--evaluate", os.path.join(finished[0], "checkpoint.pt"), "--eval-episodes", "3"]
+        ).returncode
+        == 0
+    )
+    for flag, value in (
+        ("--lora-rank", "4"),
+        ("--model", os.path.join(ROOT, "models", "scienceworld")),
+    ):
         result = run(["--evaluate", os.path.join(finished[0], "checkpoint.pt"), flag, value])
-        assert result.returncode == 1 and one_line(result.stderr) and "leave out --model" in result.stderr
+        assert (
+            result.returncode == 1
+            and one_line(result.stderr)
+            and "leave out --model" in result.stderr
+        )
 
 
 def test_resume_refuses_a_changed_flag_and_a_damaged_checkpoint(finished, tmp_path):
@@ -344,18 +595,22 @@ def test_resume_refuses_a_changed_flag_and_a_damaged_checkpoint(finished, tmp_pa
     path = os.path.join(out, "checkpoint.pt")
     torch.save({"turns": []}, os.path.join(out, "bad-batch.pt"))
     result = run(["--evaluate", os.path.join(out, "bad-batch.pt")])
-    assert result.returncode == 1 and one_line(result.stderr) and "can't be read" in result.stderr
+    assert result.returncode == 1 and one_line(result.stderr) and "cannot be read" in result.stderr
     os.truncate(path, os.path.getsize(path) // 2)
     before = open(os.path.join(out, "log.jsonl")).read()
     result = run(["--out", out, "--resume"])
-    assert result.returncode == 1 and one_line(result.stderr) and "can't be read" in result.stderr
+    assert result.returncode == 1 and one_line(result.stderr) and "cannot be read" in result.stderr
     assert open(os.path.join(out, "log.jsonl")).read() == before
 
 
 def test_ctrl_c_stops_in_one_line_and_can_be_resumed(tmp_path):
     out = str(tmp_path / "stopped")
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *SMALL, "--out", out], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, "train.py"), *SMALL, "--out", out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("step   0"):
             process.send_signal(signal.SIGINT)
@@ -370,20 +625,45 @@ def one_line(text):
     return len(text.strip().splitlines()) == 1 and "Traceback" not in text
 
 
-@pytest.mark.parametrize("arguments,says", [
-    (["--env", "nowhere"], "nowhere"), (["--colour", "red"], "--colour"), (["--steps", "many"], "--steps"),
-    (["--env", "scienceworld", "--tasks", "no-such-task"], "no-such-task"), (["--env", "keyquest", "--tasks", "no-such-task"], "no-such-task"),
-    (["--simplifications", "hard"], "hard"),
-    (["--group-size", "1"], "--group-size"), (["--algo", "ppo", "--group-size", "0"], "--group-size"), (["--gae-lambda", "0.9"], "--algo ppo"), (["--model", "missing/path"], "missing/path"), (["--minibatches", "3"], "doesn't divide"),
-    (["--kappa-l", "3"], "kappa_l"), (["--alpha", "-1"], "alpha"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
-    (["--steps", "0"], "--steps"), (["--resume"], "no run"), (["--smoothing", "soft"], "soft"), (["--preset", "best"], "'best'"), (["--evaluate", "no/such/checkpoint.pt"], "no/such"), (["--algo", "ppo", "--gae-lambda", "1.5"], "--gae-lambda"),
-    (["--smoothing", "indicator", "--entropy-coef", "0"], "indicator"), (["--device", "cuda"], "GPU"), (["--device", "gpu"], "'gpu'"), (["--seed", "1000000000000"], "--seed"), (["--critic-lr", "-1"], "--critic-lr")])
+@pytest.mark.parametrize(
+    "arguments,says",
+    [
+        (["--env", "nowhere"], "nowhere"),
+        (["--colour", "red"], "--colour"),
+        (["--steps", "many"], "--steps"),
+        (["--env", "scienceworld", "--tasks", "no-such-task"], "no-such-task"),
+        (["--env", "keyquest", "--tasks", "no-such-task"], "no-such-task"),
+        (["--simplifications", "hard"], "hard"),
+        (["--group-size", "1"], "--group-size"),
+        (["--algo", "ppo", "--group-size", "0"], "--group-size"),
+        (["--gae-lambda", "0.9"], "--algo ppo"),
+        (["--model", "missing/path"], "missing/path"),
+        (["--minibatches", "3"], "doesn't divide"),
+        (["--kappa-l", "3"], "kappa_l"),
+        (["--alpha", "-1"], "alpha"),
+        (["--lr", "-1"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--steps", "0"], "--steps"),
+        (["--resume"], "not a run folder"),
+        (["--smoothing", "soft"], "soft"),
+        (["--preset", "best"], "'best'"),
+        (["--evaluate", "no/such/checkpoint.pt"], "no/such"),
+        (["--algo", "ppo", "--gae-lambda", "1.5"], "--gae-lambda"),
+        (["--smoothing", "indicator", "--entropy-coef", "0"], "indicator"),
+        (["--device", "cuda"], "GPU"),
+        (["--device", "gpu"], "'gpu'"),
+        (["--seed", "1000000000000"], "--seed"),
+        (["--critic-lr", "-1"], "--critic-lr"),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, says, tmp_path):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     out = tmp_path / "new"
     result = run([*arguments, "--out", str(out)])
-    assert result.returncode and one_line(result.stderr) and says in result.stderr and not out.exists()
+    assert (
+        result.returncode and one_line(result.stderr) and says in result.stderr and not out.exists()
+    )
 
 
 def test_presets_differ_by_what_their_names_say(capsys):
@@ -393,38 +673,60 @@ def test_presets_differ_by_what_their_names_say(capsys):
     assert all(preset.keys() <= defaults.keys() for preset in PRESETS.values())
     for world in ("scienceworld", "alfworld"):
         for algo in ("ppo", "grpo"):
-            assert differ(f"{world}-{algo}-epo", f"{world}-{algo}-plain") == {"entropy_coef", "smoothing"}
-            config.check(config.Config(**{**full[f"{world}-{algo}-epo"], "preset": ""}))
-    assert {name: differ("tiny-grpo-epo", f"tiny-grpo-{name}") for name in ("base", "indicator", "constant", "window", "plain", "ea")} == {
-        "base": {"smoothing"}, "indicator": {"smoothing"}, "constant": {"dynamic_weight"}, "window": {"window"},
-        "plain": {"entropy_coef", "smoothing"}, "ea": {"entropy_coef", "smoothing", "shaping"}}
-    assert differ("tiny-ppo-epo", "tiny-grpo-epo") == {"algo"} and differ("tiny-grpo-decay", "tiny-grpo-base") == {"entropy_decay"}
+            assert differ(f"{world}-{algo}-epo", f"{world}-{algo}-plain") == {
+                "entropy_coef",
+                "smoothing",
+            }
+            config.check(config.Config(**full[f"{world}-{algo}-epo"]))
+    assert {
+        name: differ("tiny-grpo-epo", f"tiny-grpo-{name}")
+        for name in ("base", "indicator", "constant", "window", "plain", "ea")
+    } == {
+        "base": {"smoothing"},
+        "indicator": {"smoothing"},
+        "constant": {"dynamic_weight"},
+        "window": {"window"},
+        "plain": {"entropy_coef", "smoothing"},
+        "ea": {"entropy_coef", "smoothing", "shaping"},
+    }
+    assert differ("tiny-ppo-epo", "tiny-grpo-epo") == {"algo"} and differ(
+        "tiny-grpo-decay", "tiny-grpo-base"
+    ) == {"entropy_decay"}
     cfg = config.parse(["--preset", "tiny-grpo-base", "--kappa-r", "3", "--out", "nowhere/yet"])
     assert (cfg.smoothing, cfg.kappa_r, cfg.env) == ("off", 3.0, "scienceworld")
-    assert "preset tiny-grpo-base: " in (text := capsys.readouterr().out) and "smoothing off" in text and "kappa_r 3.0" in text
+    assert (
+        "preset tiny-grpo-base: " in (text := capsys.readouterr().out)
+        and "smoothing off" in text
+        and "kappa_r 3.0" in text
+    )
 
 
 def test_an_existing_run_is_not_overwritten(finished):
     before = {f: os.path.getmtime(os.path.join(finished[0], f)) for f in os.listdir(finished[0])}
     result = run([*SMALL, "--out", finished[0]])
     assert result.returncode == 1 and one_line(result.stderr) and "--resume" in result.stderr
-    assert before == {f: os.path.getmtime(os.path.join(finished[0], f)) for f in os.listdir(finished[0])}
+    assert before == {
+        f: os.path.getmtime(os.path.join(finished[0], f)) for f in os.listdir(finished[0])
+    }
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path):
     path = str(tmp_path / "checkpoint.pt")
-    train.write(path, lambda file: file.write(b"old"))
+    write_whole(path, lambda file: file.write(b"old"))
 
     def fail(file):
         file.write(b"half of")
         raise OSError(28, "No space left on device")
+
     with pytest.raises(SetupError, match="No space left"):
-        train.write(path, fail)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)        # torch.save makes the error of a full disk into one of its own
+        write_whole(path, fail)
+    limit = resource.getrlimit(
+        resource.RLIMIT_FSIZE
+    )  # torch.save makes the error of a full disk into one of its own
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
         with pytest.raises(SetupError, match="File too large"):
-            train.write(path, lambda file: torch.save(torch.zeros(100_000), file))
+            save_tensors(path, torch.zeros(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert open(path).read() == "old" and os.listdir(tmp_path) == ["checkpoint.pt"]
@@ -432,10 +734,14 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
 
 def test_every_option_is_used():
     """A coefficient that is defined and never read is a bug."""
-    source = "".join(open(os.path.join(HERE, name)).read() for name in ("config.py", "train.py", "critic.py"))
-    source += "cfg.preset"                               # it is read from the command line alone
-    unused = [f.name for f in config.fields(config.Config) if not re.search(rf"cfg\.{f.name}\b", source)]
-    assert unused == []
+    files = ["config.py", "train.py", "update.py", "critic.py", "envs.py"]
+    files += ["support/learner.py", "support/loading.py"]
+    source = "".join(open(os.path.join(ROOT, name)).read() for name in files)
+    to_the_loss = {name for names in config.SETTINGS_OF.values() for name in names}
+    read = lambda name: re.search(rf"cfg\.{name}\b", source) or name in to_the_loss
+    # the preset is read from the command line alone, before there is a Config
+    unused = {f.name for f in config.fields(config.Config) if not read(f.name)}
+    assert unused == {"preset"} and 'given.get("preset")' in source
 
 
 def test_tasks_are_drawn_by_type_in_turn_and_from_the_seed():
@@ -446,10 +752,17 @@ def test_tasks_are_drawn_by_type_in_turn_and_from_the_seed():
     assert len(train.draw([Task("a", 0)], 3, 0)) == 3
 
 
-def test_learning_rate_rises_then_falls():
+def test_learning_rate_rises_then_falls_and_a_resumed_schedule_goes_on():
     cfg = config.Config(steps=100, lr=1.0, warmup=0.1, min_lr=0.2)
-    rates = [train.learning_rate(k, cfg) for k in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[55] == pytest.approx(0.6, abs=0.01)
-    assert rates[99] == pytest.approx(0.2, abs=0.01) and rates[9:] == sorted(rates[9:], reverse=True)
-
-
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    learner = Learner(None, optimizer, None, None, [])
+    rates, (schedule,) = [], make_schedules(cfg, learner, 0)
+    for step in range(100):
+        if step == 40:
+            (schedule,) = make_schedules(cfg, learner, 40)
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert rates[54] == pytest.approx(0.6, abs=0.01) and rates[99] == pytest.approx(0.2)
+    assert rates[9:] == sorted(rates[9:], reverse=True)

@@ -1,0 +1,189 @@
+"""What a run leaves on the disk, and how it is read again: nothing half written, nothing trusted.
+
+    config.json     every setting, resolved       log.jsonl       a row per step
+    checkpoint.pt   what resuming needs           tasks.json      the evaluation tasks
+    transcripts/    episodes as text and JSON     lock            held by the process that writes
+
+A file is written whole or not at all. The row of a step is written before its checkpoint, so a
+kill at any moment leaves at most a row too many, which --resume drops. Every reader of these files
+(train, sweep, plot) uses the functions here: a damaged file ends in one line that names it.
+"""
+
+import fcntl
+import json
+import os
+from contextlib import contextmanager, suppress
+
+
+class SetupError(Exception):
+    """Something that the user must mend; its text is one line: what is wrong, and what to do."""
+
+
+def write_whole(path, save):
+    """Write a file whole or not at all: a kill or a full disk leaves the old one.
+
+    save(file) writes bytes. Raises SetupError in one line.
+    """
+    try:
+        with open(path + ".new", "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".new", path)
+    except (OSError, RuntimeError) as error:
+        # torch.save turns an OSError into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        with suppress(OSError):
+            os.remove(path + ".new")
+        reason = getattr(cause, "strerror", None) or one_line(cause)
+        message = f"could not write {path} ({reason}); the file there before is untouched"
+        raise SetupError(message) from error
+
+
+def write_json(path, value):
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+def one_line(error):
+    """An exception's message cut to one line of at most 150 characters."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:150]
+
+
+ANOTHER = "repair it, or use another run folder"
+
+
+def damaged(path, reason):
+    return SetupError(f"{path} cannot be read ({reason}); {ANOTHER}")
+
+
+@contextmanager
+def locked(folder):
+    """Keep other processes from writing to `folder`; the lock ends with the process that has it."""
+    with open(os.path.join(folder, "lock"), "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            message = f"another process is writing to {folder}; wait for it, or use another --out"
+            raise SetupError(message) from error
+        yield
+
+
+def read_config(folder):
+    """The settings of a run -> dict. Raises SetupError for a missing or damaged config.json."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except FileNotFoundError as error:
+        raise SetupError(f"{folder} is not a run folder: it has no config.json") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, one_line(error)) from error
+    if not isinstance(config, dict):
+        raise damaged(path, "not a JSON object")
+    return config
+
+
+def read_log(folder):
+    """The rows of log.jsonl -> list of dicts, [] if there is none; half a last row is left out.
+
+    Raises SetupError unless row i is an object with step i.
+    """
+    path = os.path.join(folder, "log.jsonl")
+    try:
+        with open(path, "rb") as file:
+            lines = [line for line in file if line.endswith(b"\n")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise damaged(path, one_line(error)) from error
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise damaged(path, f"line {number + 1} is not JSON") from error
+        if not isinstance(row, dict) or row.get("step") != number:
+            raise damaged(path, f"line {number + 1} is not the row of step {number}")
+        rows.append(row)
+    return rows
+
+
+def append_row(folder, row):
+    """Add a row to log.jsonl and see it on the disk. Raises SetupError for a full disk."""
+    path = os.path.join(folder, "log.jsonl")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise SetupError(f"could not write {path} ({error.strerror}); --resume goes on") from error
+
+
+def begin(folder, config, tasks):
+    """Make the folder of a new run. config: dict; tasks: {split: tasks of the evaluations}."""
+    os.makedirs(os.path.join(folder, "transcripts"), exist_ok=True)
+    write_json(os.path.join(folder, "tasks.json"), tasks)
+    write_json(os.path.join(folder, "config.json"), config)
+
+
+def rewind(folder, first):
+    """Drop the rows that the checkpoint does not hold: those from step `first` on, and half a row.
+
+    Raises SetupError, and writes nothing, if a row before `first` is missing.
+    """
+    rows = read_log(folder)
+    if len(rows) < first:
+        path = os.path.join(folder, "log.jsonl")
+        reason = f"it ends at step {len(rows) - 1}, the checkpoint is of step {first}"
+        raise damaged(path, reason)
+    text = "".join(json.dumps(row) + "\n" for row in rows[:first])
+    write_whole(os.path.join(folder, "log.jsonl"), lambda file: file.write(text.encode()))
+
+
+def save_tensors(path, state):
+    """state: tensors, numbers, strings, and lists and dicts of them."""
+    import torch
+
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path):
+    """-> the state, on the CPU. Raises SetupError for a missing or damaged file, or another's."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"step", "model"} <= state.keys():
+            raise ValueError("it is no checkpoint of train.py")
+        return state
+    except Exception as error:
+        # torch.load raises many kinds for a damaged file
+        reason = "missing" if isinstance(error, FileNotFoundError) else one_line(error)
+        message = f"{path} cannot be read ({reason}); use another run, or another --out"
+        raise SetupError(message) from error
+
+
+def restore(parameters, saved):
+    """Put a checkpoint's values into parameters, by name. Raises SetupError for another model's."""
+    shapes = {name: p.shape for name, p in parameters.items()}
+    if shapes != {name: p.shape for name, p in saved.items()}:
+        raise SetupError(
+            "the checkpoint's parameters are not this model's; "
+            "leave out --model and --lora-rank, the run has them in its config.json"
+        )
+    for name, p in parameters.items():
+        p.data.copy_(saved[name])
+
+
+def is_new(folder):
+    """True if nothing would be lost: no folder, an empty one, or one that no run has begun in."""
+    try:
+        names = os.listdir(folder)
+        names += os.listdir(os.path.join(folder, "transcripts")) if "transcripts" in names else []
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError as error:
+        raise SetupError(f"{folder} is a file; choose another folder with --out") from error
+    return all(name in ("lock", "tasks.json", "transcripts") or ".new" in name for name in names)

@@ -1,0 +1,150 @@
+"""The gradient of a step: Eq. 6 over one flat row of tokens, in little memory, in a few updates."""
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+
+from config import settings_of
+from epo import corridor, decayed_weights, epo_loss, shaped_advantages, token_weights
+from rollout import micro_batches, response_states, score_tokens
+from support.run_folder import SetupError, save_tensors
+
+# 128 MB of float32; the loss and its gradient take about six times that
+LOGITS_AT_ONCE = 2**25
+
+
+@dataclass
+class Batch:
+    """The T response tokens of a step in one flat row, turn after turn; each tensor is (T,)."""
+
+    tokens: torch.Tensor
+    # the number of the token's turn and of its episode in the batch, of its turn in the episode
+    turn: torch.Tensor
+    episode: torch.Tensor
+    index: torch.Tensor
+    # under the policy that sampled it
+    old_logp: torch.Tensor
+    entropy: torch.Tensor
+    advantages: torch.Tensor
+    # in Eq. 2's average
+    weights: torch.Tensor
+
+    def select(self, rows):
+        return Batch(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+def make_batch(turns, owner, advantages, cfg):
+    """One flat row of tokens. owner (N,): the episode of a turn; advantages (N,) of the turns."""
+    lengths = torch.tensor([len(turn.response) for turn in turns])
+    number = torch.arange(len(turns)).repeat_interleave(lengths)  # (T,)
+    flat = lambda name: torch.tensor([x for turn in turns for x in getattr(turn, name)])
+    return Batch(
+        tokens=flat("response"),
+        turn=number,
+        episode=owner[number],
+        index=torch.tensor([turn.index for turn in turns])[number],
+        old_logp=flat("logp"),
+        entropy=flat("entropy"),
+        advantages=advantages[number],
+        weights=token_weights(number, owner[number], cfg.average),
+    )
+
+
+def update(learner, turns, batch, history_mean, beta_k, cfg, bar):
+    """One pass over the step's tokens in cfg.minibatches updates. -> the losses, summed over them.
+
+    Weights are made once for the whole batch. A mini-batch takes its share of them times the number
+    of mini-batches: an unbiased estimate of the batch's gradient for any size of micro-batches.
+    """
+    model, optimizer = learner.policy.model, learner.optimizer
+    rows_of = torch.arange(len(batch.turn)).split(torch.bincount(batch.turn).tolist())
+    order = torch.randperm(int(batch.episode.max()) + 1)
+    parts = min(cfg.minibatches, len(order))
+    losses, norms = {}, []
+    for part in range(parts):
+        chosen = torch.isin(batch.episode, order[part::parts])
+        chosen_turns = batch.turn[chosen].unique().tolist()
+        for micro in micro_batches(turns, chosen_turns, cfg.tokens_per_batch):
+            tokens = batch.select(torch.cat([rows_of[i] for i in micro]))
+            tokens = replace(tokens, weights=tokens.weights * parts)
+            selected = [turns[i] for i in micro]
+            terms = add_gradient(learner.policy, selected, tokens, history_mean, beta_k, cfg)
+            losses = {name: losses.get(name, 0.0) + terms[name] / parts for name in terms}
+            bar.update(len(micro))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+        if not math.isfinite(norm + losses["loss"]):
+            stop_before_the_update(cfg, turns, batch, losses["loss"], norm)
+        norms.append(norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {**losses, "grad_norm": sum(norms) / len(norms)}
+
+
+def add_gradient(policy, turns, batch, history_mean, beta_k, cfg):
+    """Backpropagate the loss of some turns. -> its terms
+
+    The loss is a sum over tokens, so it can be computed and backpropagated to the last hidden
+    states for a few hundred tokens at a time; only then does the gradient of these states go
+    through the model. A (T, V) matrix and the softmax of the entropy never exist whole.
+    """
+    device = policy.model.device
+    reference_states = policy.reference_states(turns) if cfg.kl_coef else None
+    hidden = response_states(policy.model, turns)  # (T, d)
+    states = hidden.detach().requires_grad_()
+    at_once = max(LOGITS_AT_ONCE // len(policy.model.get_output_embeddings().weight), 1)
+    total = {}
+    for rows in torch.arange(len(batch.tokens)).split(at_once):
+        tokens = Batch(*(x.to(device) for x in vars(batch.select(rows)).values()))
+        reference_logp = None
+        if cfg.kl_coef:
+            # before the graph of the policy's own log-probs takes memory
+            with torch.no_grad():
+                reference = policy.reference or policy.model
+                reference_logp, _ = score_tokens(
+                    reference, reference_states[rows], tokens.tokens, cfg.temperature
+                )
+        logp, entropy = score_tokens(policy.model, states[rows], tokens.tokens, cfg.temperature)
+        loss, terms = batch_loss(logp, entropy, tokens, reference_logp, history_mean, beta_k, cfg)
+        loss.backward()
+        total = {name: total.get(name, 0.0) + terms[name] for name in terms}
+    hidden.backward(states.grad)
+    return total
+
+
+def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
+    """Eq. 6 of a batch, with the paper's ablations where they are on. -> loss, its terms"""
+    weights, advantages, entropy_weights = batch.weights.to(logp.dtype), batch.advantages, None
+    if cfg.shaping:
+        advantages = shaped_advantages(advantages, entropy, cfg.shaping)
+    if cfg.entropy_decay:
+        entropy_weights = decayed_weights(weights, batch.index, cfg.turns, cfg.entropy_decay)
+    loss, terms = epo_loss(
+        logp=logp,
+        old_logp=batch.old_logp,
+        entropy=entropy,
+        advantages=advantages,
+        weights=weights,
+        history_mean=history_mean,
+        beta_k=beta_k,
+        entropy_weights=entropy_weights,
+        reference_logp=reference_logp,
+        **settings_of(cfg, "epo_loss"),
+    )
+    floor, cap = corridor(history_mean, cfg.kappa_l, cfg.kappa_r)
+    ratio = (logp - batch.old_logp).exp()
+    terms["clip_fraction"] = (weights * ((ratio - 1).abs() > cfg.clip)).sum().item()
+    terms["below"] = (weights * (entropy < floor)).sum().item()
+    terms["above"] = (weights * (entropy > cap)).sum().item()
+    return loss, terms
+
+
+def stop_before_the_update(cfg, turns, batch, loss, norm):
+    """Write the batch of a loss that is not finite to bad-batch.pt, and raise SetupError."""
+    state = {"turns": [asdict(turn) for turn in turns], "advantages": batch.advantages}
+    save_tensors(os.path.join(cfg.out, "bad-batch.pt"), state)
+    raise SetupError(
+        f"the loss or its gradient is not finite (loss {loss}, gradient norm {norm}); the last "
+        "checkpoint is untouched, the batch is in bad-batch.pt: lower --lr or --entropy-coef"
+    )
