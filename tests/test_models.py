@@ -22,12 +22,12 @@ from transformers import (
 import config
 import update
 from critic import Critic, update_critic
-from envs import KeyQuest
 from rollout import Turn, collect, generate, response_states, score_tokens
 from support.learner import Learner
 from support.loading import ROOT, load_policy, trained
 from support.report import progress
 from support.run_folder import SetupError
+from worlds.keyquest import KeyQuest
 
 TEMPLATE = (
     "{% for m in messages %}user {{ m['content'] }} {% endfor %}"

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from envs import KeyQuest, Task
+from envs import Task
 from rollout import Turn, collect, generate, micro_batches, response_states, score_tokens
 from support.loading import load_policy
+from worlds.keyquest import KeyQuest
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,14 @@ import train
 import update
 from config import PRESETS
 from critic import Critic, explained_variance, update_critic, value_loss
-from envs import KeyQuest, Task
+from envs import Task
 from epo import epo_loss, token_logp_and_entropy
 from rollout import collect
 from support.learner import Learner, make_schedules
 from support.loading import ROOT, load_policy
 from support.report import progress
 from support.run_folder import SetupError, save_tensors, write_whole
+from worlds.keyquest import KeyQuest
 
 SMALL = [
     "--env",

@@ -1,0 +1,74 @@
+"""KeyQuest, the smallest world, in pure Python: for tests and laptops, and to begin yours from."""
+
+import random
+
+from envs import Observation, Task, World
+
+
+class KeyQuest(World):
+    """A corridor of rooms: find the key, carry it to the chest, open it; in 5 to 25 turns.
+
+    A variation is the seed of a layout. short has 4 rooms, long has 6; in "ood" there are two more.
+    """
+
+    chat_rules = (
+        "You are in a corridor of rooms. Your actions are: west, east, take key, open chest."
+    )
+    rooms = {"short": 4, "long": 6}
+    splits = {"train": range(0, 200), "iid": range(200, 250), "ood": range(250, 300)}
+
+    def __init__(self, names=()):
+        super().__init__(names, self.rooms)
+        self.games = {}
+
+    def tasks(self, split):
+        return [Task(name, variation) for name in self.names for variation in self.splits[split]]
+
+    def start(self, slot, task):
+        rooms = self.rooms[task.name] + 2 * (task.variation in self.splits["ood"])
+        layout = random.Random(f"{task.name} {task.variation}")
+        key, chest, here = layout.sample(range(rooms), 3)
+        # a key of None: the agent carries it
+        self.games[slot] = {"rooms": rooms, "key": key, "chest": chest, "here": here}
+        return self.observe(slot, "You wake up.")
+
+    def act(self, actions):
+        return {slot: self.act_in(slot, action) for slot, action in actions.items()}
+
+    def act_in(self, slot, action):
+        game = self.games[slot]
+        if action in ("west", "east"):
+            room = game["here"] + (1 if action == "east" else -1)
+            if room not in range(game["rooms"]):
+                return self.observe(slot, "A wall.")
+            game["here"] = room
+            return self.observe(slot, "You walk.")
+        if action == "take key" and game["key"] == game["here"]:
+            game["key"] = None
+            return self.observe(slot, "Taken.")
+        if action == "open chest" and game["chest"] == game["here"]:
+            if game["key"] is not None:
+                return self.observe(slot, "It is locked.")
+            return self.observe(slot, "It opens!", score=100, done=True, success=True)
+        return self.observe(slot, "You can not.", invalid=True)
+
+    def observe(self, slot, reply, **outcome):
+        game = self.games[slot]
+        things = [thing for thing in ("key", "chest") if game[thing] == game["here"]]
+        look = f"You see {' '.join(things) or 'nothing'}."
+        inventory = "You carry the key." if game["key"] is None else "You carry nothing."
+        return Observation("open the chest", reply, look, inventory, **outcome)
+
+    def gold(self, task):
+        """A solution. It knows where things are."""
+        self.start(-1, task)
+        game, plan = self.games[-1], []
+        for room, action in ((game["key"], "take key"), (game["chest"], "open chest")):
+            way = "east" if room > game["here"] else "west"
+            plan += [way] * abs(room - game["here"]) + [action]
+            game["here"] = room
+        return plan
+
+    def compact_prompt(self, past, now):
+        last = past[-1][1] if past else ""
+        return f"{now.look} {now.inventory} {now.reply} {last} >"

