@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from rollout import last_hidden, micro_batches
+from rollout import micro_batches
+from support.forward import last_hidden
 from support.loading import add_lora, trained
 
 

@@ -303,8 +303,8 @@ class ALFWorld(World):
         """Every game of a split. Real ones are listed by their folders, and not read."""
         if self.games == "generated":
             return [Task(name, f"{split}/{i}") for name in self.names for i in range(SIZES[split])]
-        found = list_games(self.folder, self.splits[split], self.names)
-        return [Task(name, variation) for name, variation in found]
+        games = list_games(self.folder, self.splits[split], self.names)
+        return [Task(name, variation) for name, variation in games]
 
     def game_of(self, task):
         """A file, or what to generate the game from."""

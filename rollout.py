@@ -6,15 +6,16 @@ That is why sampling is a loop of a few lines here and not `model.generate`. Eve
 prompt (the paper's setting), not one growing conversation.
 """
 
-import os
 import time
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from epo import token_logp_and_entropy
+from support.forward import last_hidden, next_logits, precision, read_prompts
+
+# a chat model's response ends here
+ACTION_END = "</action>"
 
 
 @dataclass
@@ -50,12 +51,13 @@ class Episode:
 
 @dataclass
 class Policy:
-    """A causal language model with what it takes to play; models/loading.py makes one.
+    """A causal language model with what it takes to play; support/loading.py makes one.
 
     end: the tokens that end a turn. compact: it reads World.compact_prompt and writes the bare
     action; else World.chat_prompt through the chat template. made_for: settings that the model's
     own configuration asks for. reference: a frozen copy of the policy as it was, for the KL; None
-    with LoRA, where the model without its adapter is the reference policy.
+    with LoRA, where the model without its adapter is the reference policy. tokens_per_batch: the
+    most that are read in a forward pass.
     """
 
     model: torch.nn.Module
@@ -64,16 +66,30 @@ class Policy:
     compact: bool
     made_for: dict = field(default_factory=dict)
     reference: torch.nn.Module | None = None
+    tokens_per_batch: int = 16384
 
-    def encode(self, world, past, now):
-        """The prompt of a turn as token ids. past: (Observation, action) of the turns before."""
+    def prompt(self, world, past, now):
+        """The text of a turn's prompt. past: (Observation, action) of the turns before."""
         if self.compact:
-            text = world.compact_prompt(past, now)
-            return self.tokenizer.encode(text, add_special_tokens=False)
+            return world.compact_prompt(past, now)
         messages = [{"role": "user", "content": world.chat_prompt(past, now)}]
         return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
+            messages, add_generation_prompt=True, tokenize=False
         )
+
+    def encode(self, text):
+        """A prompt as token ids. A chat template has put the special tokens there already."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def unfinished(self, token, responses):
+        """(n,) of bool: which responses go on after `token` (n,). responses: their ids so far."""
+        go_on = ~torch.isin(token, torch.tensor(self.end, device=token.device))
+        if self.compact:
+            return go_on
+        # nothing is sampled, paid for or trained on after the action
+        ends = self.tokenizer.batch_decode([ids[-len(ACTION_END) :] for ids in responses])
+        acted = [ACTION_END in text for text in ends]
+        return go_on & ~torch.tensor(acted, device=token.device)
 
     def reference_states(self, turns):
         """`response_states` of the reference policy, without a gradient."""
@@ -87,92 +103,42 @@ class Policy:
                 self.model.enable_adapters()
 
 
-def precision(model):
-    """The context of a model's matrix products: bfloat16 if the model was loaded so."""
-    mixed = getattr(model, "mixed", False)
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=mixed)
-
-
-def pad(rows, device, side="right"):
-    """Lists of ids -> ids (N, L) and mask (N, L), padded with 0 on the right or on the left."""
-    pad_rows = partial(pad_sequence, batch_first=True, padding_side=side)
-    ids = pad_rows([torch.tensor(row) for row in rows])
-    mask = pad_rows([torch.ones(len(row), dtype=torch.long) for row in rows])
-    return ids.to(device), mask.to(device)
-
-
-@torch.no_grad()
-def read_shared_prefix(model, prompts):
-    """Read once what all prompts begin with, such as a world's rules -> (cache, its length).
-
-    A short prefix is not worth it. Under a sliding window there is none either: the window would
-    count the padding that would then stand between the prefix and the rest.
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    cache = DynamicCache(config=model.config)
-    # each row keeps a token to read
-    length = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-    if length < 64 or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return cache, 0
-    ids = torch.tensor([prompts[0][:length]], device=model.device)
-    with precision(model):
-        model(ids, past_key_values=cache, logits_to_keep=1)
-    cache.batch_repeat_interleave(len(prompts))
-    return cache, length
-
-
 @torch.no_grad()
 def generate(policy, prompts, temperature, max_tokens, generator=None):
-    """Sample a response for each prompt (a list of ids), all together; a finished row drops out.
+    """Sample a response for each prompt (a list of ids), all together; a finished one drops out.
 
-    -> a list of (response ids, log-probs, entropies). generator: a torch.Generator on the device.
+    Equal prompts, with what was sampled after them, are one row of the batch until they differ.
+    generator: a torch.Generator on the device. -> a list of (response ids, log-probs, entropies)
     """
-    model, device = policy.model.eval(), policy.model.device
-    end = torch.tensor(policy.end, device=device)
-    active = torch.arange(len(prompts), device=device)
+    model = policy.model.eval()
     responses = [([], [], []) for _ in prompts]
-    cache, shared = read_shared_prefix(model, prompts)
-    ids, mask = pad([p[shared:] for p in prompts], device, "left")
-    mask = torch.cat([mask.new_ones(len(prompts), shared), mask], 1)
-    position = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-    for _ in range(max_tokens):
-        context = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
-        with precision(model):
-            output = model(ids, **context, logits_to_keep=1)
-        logits = output.logits[:, 0]  # (n, V)
+    active = torch.arange(len(prompts), device=model.device)
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    # the row of each active response
+    row = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=model.device)
+    logits, cache, mask, position = read_prompts(model, list(number), policy.tokens_per_batch)
+    while True:
         p = (logits.float() / temperature).softmax(-1)
-        token = p.multinomial(1, generator=generator)[:, 0]  # (n,)
-        logp, entropy = token_logp_and_entropy(logits, token, temperature)
-        sampled = zip(active.tolist(), token.tolist(), logp.tolist(), entropy.tolist(), strict=True)
-        for i, *values in sampled:
+        token = p[row].multinomial(1, generator=generator)[:, 0]  # (n,)
+        logp, entropy = token_logp_and_entropy(logits[row], token, temperature)
+        columns = (active.tolist(), token.tolist(), logp.tolist(), entropy.tolist())
+        for i, *values in zip(*columns, strict=True):
             for column, value in zip(responses[i], values, strict=True):
                 column.append(value)
-        unfinished = ~torch.isin(token, end)
-        if not unfinished.any():
-            break
-        if not unfinished.all():
-            active, token = active[unfinished], token[unfinished]
-            mask, position = mask[unfinished], position[unfinished]
-            cache.batch_select_indices(unfinished.nonzero()[:, 0])
-        ids, position = token.unsqueeze(1), position[:, -1:] + 1
+        unfinished = policy.unfinished(token, [responses[i][0] for i in columns[0]])
+        if not unfinished.any() or len(responses[columns[0][0]][0]) == max_tokens:
+            return responses
+        # the rows that go on: the old row and the token after it, each pair once
+        active = active[unfinished]
+        pairs = torch.stack([row, token], 1)[unfinished]
+        pairs, row = pairs.unique(dim=0, return_inverse=True)
+        old_row, token = pairs[:, 0], pairs[:, 1:]
+        if not torch.equal(old_row, torch.arange(len(mask), device=model.device)):
+            cache.batch_select_indices(old_row)
+            mask, position = mask[old_row], position[old_row]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return responses
-
-
-def last_hidden(body, rows):
-    """The last hidden states of rows of token ids, padded on the right; equal rows are read once.
-
-    -> hidden (n, L, d) of the n distinct rows, and for each row the number of its distinct one.
-    Attention is causal, so no token reads the padding after it and no mask is needed.
-    """
-    distinct = {row: number for number, row in enumerate(dict.fromkeys(map(tuple, rows)))}
-    ids, _ = pad(list(distinct), body.device)
-    # nothing drops out; this only switches gradient checkpointing
-    body.train(torch.is_grad_enabled())
-    with precision(body):
-        hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden, [distinct[tuple(row)] for row in rows]
+        position = position + 1
+        logits = next_logits(model, token, mask, position, cache)
 
 
 def response_states(model, turns):
@@ -200,14 +166,18 @@ def score_tokens(model, hidden, tokens, temperature=1.0):
 def micro_batches(turns, indices, budget):
     """`indices` of turns, by length, in parts of at most `budget` tokens, padding counted.
 
-    A turn longer than the budget is alone.
+    Equal turns are read once, so they count once. A turn longer than the budget is alone.
     """
-    length = lambda i: len(turns[i].prompt) + len(turns[i].response)
-    parts = [[]]
-    for i in sorted(indices, key=length):
-        if parts[-1] and (len(parts[-1]) + 1) * length(i) > budget:
+    equal = {}
+    for i in indices:
+        equal.setdefault((*turns[i].prompt, *turns[i].response), []).append(i)
+    parts, rows = [[]], 0
+    for ids in sorted(equal, key=len):
+        if rows and (rows + 1) * len(ids) > budget:
             parts.append([])
-        parts[-1].append(i)
+            rows = 0
+        parts[-1] += equal[ids]
+        rows += 1
     return parts
 
 
@@ -252,7 +222,9 @@ def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator
 
 def write_turns(world, policy, active, past, now, t, temperature, max_tokens, generator):
     """The policy writes turn t of the active episodes -> {slot: Turn}."""
-    prompts = [policy.encode(world, past[slot], now[slot]) for slot in active]
+    texts = [policy.prompt(world, past[slot], now[slot]) for slot in active]
+    ids = {text: policy.encode(text) for text in set(texts)}
+    prompts = [ids[text] for text in texts]
     samples = generate(policy, prompts, temperature, max_tokens, generator)
     turns = {}
     for slot, prompt, sample in zip(active, prompts, samples, strict=True):

@@ -38,6 +38,7 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     device, dtype = choose_device(cfg.device, cfg.dtype)
     policy = load_policy(cfg.model, cfg.env, device, dtype, cfg.lora_rank)
+    policy.tokens_per_batch = cfg.tokens_per_batch
     with make_world(cfg, task_names(cfg, policy), policy.compact) as world:
         resolve(cfg, policy, world.turns)
         train_tasks = world.tasks("train")
@@ -71,17 +72,16 @@ def rl_step(world, learner, train_tasks, schedules, cfg, step):
     if (step + 1) % cfg.eval_every and step + 1 < cfg.steps:
         world.prefetch(step_tasks(train_tasks, cfg, step + 1))
 
-    # advantages, one for each turn
     begin = time.perf_counter()
     turns = [turn for episode in episodes for turn in episode.turns]
     owner = torch.tensor([i for i, e in enumerate(episodes) for _ in e.turns])
-    rewards = turn_rewards(episodes, cfg)
-    returns = torch.zeros(len(episodes), dtype=torch.double).index_add(0, owner, rewards)
+    returns = episode_returns(episodes, cfg)
     if learner.critic is None:
         advantages = grpo_advantages(episodes, tasks, returns, cfg)[owner]
     else:
         values = learner.critic.values(turns, cfg.tokens_per_batch)
-        advantages, targets = ppo_advantages(values, rewards.float(), owner, cfg)
+        advantages, targets = ppo_advantages(values, returns.float(), owner, cfg)
+    advantages = advantages - invalid_penalties(turns, cfg)
 
     # update, with β_k and the history of the steps before
     beta_k = beta(step, cfg.steps, cfg.gamma) if cfg.dynamic_weight == "on" else 1.0
@@ -111,7 +111,7 @@ def rl_step(world, learner, train_tasks, schedules, cfg, step):
         "beta": beta_k,
         "lr": lr,
     }
-    row |= episode_metrics(episodes) | corridor_metrics(row, losses, cfg) | losses
+    row |= episode_metrics(episodes, cfg.turns) | corridor_metrics(row, losses, cfg) | losses
     return row | {f"seconds_{part}": value for part, value in seconds.items()}
 
 
@@ -121,7 +121,7 @@ def seed_of(cfg, step, purpose):
 
 
 def draw(tasks, n, seed):
-    """n tasks: the task types in turn, a random variation of each, not twice while there are more."""
+    """n tasks: the types in turn, a random variation of each, not twice while there are more."""
     rng, by_type = random.Random(seed), {}
     for task in tasks:
         by_type.setdefault(task.name, []).append(task)
@@ -151,18 +151,27 @@ def collect_step(world, policy, tasks, cfg, step):
             world, policy, tasks, cfg.turns, cfg.temperature, cfg.max_tokens, generator, bar
         )
     if not episodes:
-        raise SetupError(f"all {lost} episodes of step {step} were lost with their simulators")
+        raise SetupError(
+            f"step {step}: no episode could be played, all {lost} were lost; a simulator died, or "
+            "the games are marked unsolvable"
+        )
     return episodes, lost, seconds
 
 
-def turn_rewards(episodes, cfg):
-    """The reward of each turn (N,), in float64 so that equal returns are equal."""
-    rewards = []
-    for episode in episodes:
-        rewards += [-cfg.invalid_penalty * turn.invalid for turn in episode.turns]
-        sparse = cfg.reward == "sparse"
-        rewards[-1] += float(episode.success) if sparse else max(episode.score, 0) / 100
-    return torch.tensor(rewards, dtype=torch.double)
+def episode_returns(episodes, cfg):
+    """The reward at the end of each episode (B,), in float64 so that equal returns are equal."""
+    sparse = cfg.reward == "sparse"
+    returns = [float(e.success) if sparse else max(e.score, 0) / 100 for e in episodes]
+    return torch.tensor(returns, dtype=torch.double)
+
+
+def invalid_penalties(turns, cfg):
+    """What a turn without a valid action costs it (N,), beside its normalised advantage.
+
+    As a part of the return it would be normalised too: where all of a group fail, the division by
+    the standard deviation makes 0.01 a full-size advantage, and the first to die has the best one.
+    """
+    return cfg.invalid_penalty * torch.tensor([float(turn.invalid) for turn in turns])
 
 
 def grpo_advantages(episodes, tasks, returns, cfg):
@@ -172,12 +181,14 @@ def grpo_advantages(episodes, tasks, returns, cfg):
     return group_advantages(returns, group, **settings_of(cfg, "group_advantages")).float()
 
 
-def ppo_advantages(values, rewards, owner, cfg):
+def ppo_advantages(values, returns, owner, cfg):
     """PPO's advantage of each turn (N,), normalised over the batch, and the critic's targets (N,).
 
     A turn has its share of Eq. 2's average here too: long episodes must not count for more.
     """
     last = torch.cat([owner[1:] != owner[:-1], torch.tensor([True])])
+    rewards = torch.zeros_like(values)
+    rewards[last] = returns
     raw = gae(values, rewards, last, cfg.discount, cfg.gae_lambda)
     turns_of = torch.bincount(owner)
     share = 1 / (len(turns_of) * turns_of[owner])
@@ -192,14 +203,16 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
-def episode_metrics(episodes):
+def episode_metrics(episodes, turn_limit):
     """What the episodes of a step say of the policy that played them."""
+    failed_early = lambda e: not e.success and len(e.turns) < turn_limit
     turns = [turn for episode in episodes for turn in episode.turns]
     by_turn = {}
     for turn in turns:
         by_turn.setdefault(turn.index, []).append(mean(turn.entropy))
     return {
         "success": mean(episode.success for episode in episodes),
+        "failed_early": mean(failed_early(episode) for episode in episodes),
         "score": mean(episode.score for episode in episodes),
         "invalid": mean(turn.invalid for turn in turns),
         "entropy_by_turn": [mean(by_turn[t]) for t in sorted(by_turn)],

@@ -1,9 +1,37 @@
 import os
+import time
 
-os.environ["HF_HUB_OFFLINE"] = "1"      # no test may wait for a network
-os.environ["CUDA_VISIBLE_DEVICES"] = ""   # the numbers are a CPU's
-os.environ["OMP_NUM_THREADS"] = "1"     # the models are tiny: a second thread only gets in the way of the simulators
+import pytest
 
-import torch
+# no test may wait for a network
+os.environ["HF_HUB_OFFLINE"] = "1"
+# the numbers are a CPU's
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# the models are tiny: a second thread only gets in the way of the simulators
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state = file.read().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.fixture
+def gone():
+    """gone(pids): whether all these processes end within `seconds`."""
+
+    def wait(pids, seconds=20):
+        deadline = time.time() + seconds
+        while any(map(alive, pids)) and time.time() < deadline:
+            time.sleep(0.05)
+        return not any(map(alive, pids))
+
+    return wait

@@ -1,23 +1,29 @@
-"""ALFWorld: the fast engine against the stock one, real and generated games, worker processes, bad input.
+"""ALFWorld: the fast engine against the stock one, real and generated games, worker processes,
+bad input.
 
-The real games are looked for in $ALFWORLD_DATA, then in ../shared/alfworld; without them the tests that need them are skipped.
+The real games are looked for in $ALFWORLD_DATA, then in ../shared/alfworld; without them the tests
+that need them are skipped.
 """
+
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-import alfworld_generate
-from envs import ALFWORLD_TASKS, NOT_AN_ACTION, ALFWorld, SetupError, parse_chat
-from rollout import HERE
-from warmstart import useful_actions
+from envs import ALFWORLD_TASKS, NOT_AN_ACTION, ALFWorld
+from support.run_folder import SetupError
+from tools.warmstart import useful_actions
+from worlds.alfworld_generate import FURNITURE, TRAIN_ROOMS, generate, rooms
+from worlds.compact import ranges
 
-DATA = next((d for d in (os.environ.get("ALFWORLD_DATA"), os.path.join(HERE, "..", "shared", "alfworld"))
-             if d and os.path.isdir(os.path.join(d, "json_2.1.1"))), None)
+ROOT = Path(__file__).parent.parent
+PLACES = (os.environ.get("ALFWORLD_DATA"), ROOT.parent / "shared" / "alfworld")
+DATA = next((p for p in PLACES if p and os.path.isdir(os.path.join(p, "json_2.1.1"))), None)
 needs_games = pytest.mark.skipif(DATA is None, reason="no real ALFWorld games here")
 
 
@@ -26,7 +32,7 @@ def real():
     if DATA is None:
         pytest.skip("no real ALFWorld games here")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALFWORLD_DATA", DATA)
+        patch.setenv("ALFWORLD_DATA", str(DATA))
         with ALFWorld(games="real", workers=1) as world:
             yield world
 
@@ -39,78 +45,82 @@ def generated():
 
 def one_of_each_type(world, split):
     tasks = world.tasks(split)
-    return [next(t for t in tasks if t.name == name) for name in ALFWORLD_TASKS]
+    return [next(task for task in tasks if task.name == name) for name in ALFWORLD_TASKS]
 
 
-def replay(world, tasks, actions):
+def replay(world, tasks, plans):
     """Play lists of actions side by side -> the last observations."""
     now = dict(enumerate(world.reset(tasks)))
-    for turn in range(max(map(len, actions))):
-        now.update(world.step({slot: actions[slot][turn] for slot in now if turn < len(actions[slot]) and not now[slot].done}))
-    return [now[slot] for slot in range(len(tasks))]
+    for turn in range(max(map(len, plans))):
+        active = [slot for slot in now if turn < len(plans[slot]) and not now[slot].done]
+        now |= world.step({slot: plans[slot][turn] for slot in active})
+    return list(now.values())
 
 
-def alive(pid):
-    try:
-        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def gone(pids, seconds=10):
-    end = time.time() + seconds
-    while any(map(alive, pids)) and time.time() < end:
-        time.sleep(0.05)
-    return not any(map(alive, pids))
-
-
-# ------------------------------------------------------------------------------------------------------ the engine
 PLAY = """
-import hashlib, json, os, random, sys
-files, fast = json.loads(sys.argv[1]), sys.argv[2] == "fast"     # loading a game overwrites sys.argv
-import alfworld_engine
-if fast:
+import hashlib, json, random, sys
+from worlds import alfworld_engine
+
+# read now: loading a game overwrites sys.argv
+files, engine = json.loads(sys.argv[1]), sys.argv[2]
+if engine == "fast":
     alfworld_engine.speed_up()
 env = alfworld_engine.make_env()
+seen = []
+
+def see(state):
+    seen.append([state.feedback, state["admissible_commands"], state["won"]])
+    return state
+
 for file in files:
-    seen, rng = [], random.Random(file)
-    see = lambda state: seen.append([state.feedback, state["admissible_commands"], state["won"]]) or state
+    seen.clear()
+    rng = random.Random(file)
     env.load(file)
     see(env.reset())
     for command in json.load(open(file))["walkthrough"][:4]:
         see(env.step(command)[0])
     state = see(env.reset())
     for _ in range(4):
-        state = see(env.step(rng.choice(state["admissible_commands"]))[0])
+        command = rng.choice(state["admissible_commands"])
+        state = see(env.step(command)[0])
     print(hashlib.sha256(json.dumps(seen).encode()).hexdigest())
 """
 
 
 @needs_games
 def test_observations_and_commands_are_those_of_the_stock_engine(tmp_path):
-    root = os.path.abspath(os.path.join(DATA, "json_2.1.1", "valid_unseen"))
-    files = [os.path.join(d, "game.tw-pddl") for d, _, names in sorted(os.walk(root)) if "game.tw-pddl" in names][::70]
-    environment = {**os.environ, "PYTHONPATH": HERE, "ALFWORLD_DATA": str(tmp_path)}
-    fast, stock = (subprocess.run([sys.executable, "-c", PLAY, json.dumps(files), engine], capture_output=True, text=True,
-                                  env=environment) for engine in ("fast", "stock"))
-    assert fast.stdout == stock.stdout and len(fast.stdout.split()) == len(files) == 2, fast.stderr + stock.stderr
+    folder = Path(DATA).resolve() / "json_2.1.1" / "valid_unseen"
+    files = sorted(map(str, folder.rglob("game.tw-pddl")))[::70]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ALFWORLD_DATA": str(tmp_path)}
+
+    def hashes(engine):
+        command = [sys.executable, "-c", PLAY, json.dumps(files), engine]
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert process.returncode == 0, process.stderr
+        return process.stdout.split()
+
+    fast = hashes("fast")
+    assert len(fast) == len(files) == 2
+    assert fast == hashes("stock")
 
 
-# ------------------------------------------------------------------------------------------------------- real games
 def test_splits_are_those_of_the_benchmark(real):
-    assert [len(real.tasks(split)) for split in ("iid", "ood")] == [140, 134]
+    assert len(real.tasks("iid")) == 140
+    assert len(real.tasks("ood")) == 134
     for split in ("train", "iid", "ood"):
-        assert {t.name for t in real.tasks(split)} == set(ALFWORLD_TASKS)
+        assert {task.name for task in real.tasks(split)} == set(ALFWORLD_TASKS)
 
 
 def test_walkthroughs_solve_real_games_also_when_cleaned(real):
     tasks = one_of_each_type(real, "ood")
-    gold = [real.gold(t) for t in tasks]
-    for actions in (gold, [useful_actions(g) for g in gold]):
-        for now in replay(real, tasks, actions):
-            assert now.success and now.done and now.score == 100 and not now.invalid
-    for now in replay(real, tasks, [g[:-1] for g in gold]):
-        assert not now.success and not now.done and now.score == 0
+    gold = [real.gold(task) for task in tasks]
+    for plans in (gold, [useful_actions(plan) for plan in gold]):
+        for now in replay(real, tasks, plans):
+            assert now.success and now.done
+            assert now.score == 100 and not now.invalid
+    for now in replay(real, tasks, [plan[:-1] for plan in gold]):
+        assert not now.success and not now.done
+        assert now.score == 0
 
 
 def test_members_of_a_group_start_alike_and_play_apart(real):
@@ -118,50 +128,76 @@ def test_members_of_a_group_start_alike_and_play_apart(real):
     first, second, third = real.reset([task] * 3)
     assert first == second == third
     command = next(c for c in first.objects if c.startswith("go to "))
-    seen = real.step({0: command, 2: None})
-    assert seen[0].reply.startswith("You arrive at") and seen[2].reply == NOT_AN_ACTION
-    assert real.step({1: command})[1] == seen[0]
+    after = real.step({0: command, 2: None})
+    assert after[0].reply.startswith("You arrive at")
+    assert after[2].reply == NOT_AN_ACTION
+    assert real.step({1: command})[1] == after[0]
     real.prefetch([task])
     assert real.reset([task]) == [first]
 
 
-# -------------------------------------------------------------------------------------------------- generated games
 def test_generated_games_of_each_type_are_solved(generated):
-    tasks = one_of_each_type(generated, "train")[:3] + one_of_each_type(generated, "ood")[3:]
-    gold = [generated.gold(t) for t in tasks]
-    assert all(now.success and not now.invalid for now in replay(generated, tasks, gold))
-    assert not any(now.success for now in replay(generated, tasks, [g[:-1] for g in gold]))
-    assert all(4 <= len(g) <= 50 for g in gold)
+    train, ood = one_of_each_type(generated, "train"), one_of_each_type(generated, "ood")
+    tasks = train[:3] + ood[3:]
+    gold = [generated.gold(task) for task in tasks]
+    assert all(4 <= len(plan) <= 50 for plan in gold)
+    for now in replay(generated, tasks, gold):
+        assert now.success and not now.invalid
+    for now in replay(generated, tasks, [plan[:-1] for plan in gold]):
+        assert not now.success
 
 
 def test_ood_rooms_and_goals_never_occur_in_training():
-    games = {split: [alfworld_generate.generate(split, name, i) for name in ALFWORLD_TASKS for i in range(25)]
-             for split in ("train", "iid", "ood")}
-    rooms, goals = ({split: {g[key] for g in games[split]} for split in games} for key in ("room", "goal"))
-    assert not rooms["ood"] & (rooms["train"] | rooms["iid"]) and not goals["ood"] & (goals["train"] | goals["iid"])
-    assert len(rooms["ood"]) == 20 and len(goals["ood"]) > 40 and len(goals["train"]) > 60
-    for kind in alfworld_generate.FURNITURE:             # different furniture, not only another number
-        rooms = alfworld_generate.rooms(kind)
-        assert all(room not in rooms[:alfworld_generate.TRAIN_ROOMS] for room in rooms[alfworld_generate.TRAIN_ROOMS:])
-    problems = [g["pddl_problem"] for split in games.values() for g in split]
+    games = {
+        split: [generate(split, name, i) for name in ALFWORLD_TASKS for i in range(25)]
+        for split in ("train", "iid", "ood")
+    }
+    of_split = {split: {game["room"] for game in games[split]} for split in games}
+    assert not of_split["ood"] & (of_split["train"] | of_split["iid"])
+    assert len(of_split["ood"]) == 20
+    goals = {split: {game["goal"] for game in games[split]} for split in games}
+    assert not goals["ood"] & (goals["train"] | goals["iid"])
+    assert len(goals["ood"]) > 40 and len(goals["train"]) > 60
+    problems = [game["pddl_problem"] for split in games for game in games[split]]
     assert len(set(problems)) == len(problems)
 
 
+@pytest.mark.parametrize("kind", FURNITURE)
+def test_ood_rooms_have_other_furniture_not_only_another_number(kind):
+    training = rooms(kind)[:TRAIN_ROOMS]
+    ood = rooms(kind)[TRAIN_ROOMS:]
+    assert len(ood) == 5
+    assert all(room not in training for room in ood)
+
+
+GENERATE = """
+import hashlib
+from worlds.alfworld_generate import generate
+games = [generate("ood", "pick_two_obj_and_place", i) for i in range(3)]
+print(hashlib.sha256(repr(games).encode()).hexdigest())
+"""
+
+
 def test_a_generated_game_is_the_same_everywhere():
-    code = ("import hashlib; from alfworld_generate import generate; "
-            "print(hashlib.sha256(repr([generate('ood', 'pick_two_obj_and_place', i) for i in range(3)]).encode()).hexdigest())")
-    outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE,
-                              env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")}
-    assert len(outputs) == 1 and len(outputs.pop()) == 65
+    outputs = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", GENERATE]
+        outputs.add(subprocess.check_output(command, text=True, cwd=ROOT, env=environment))
+    assert len(outputs) == 1
+    assert len(outputs.pop()) == 65
 
 
-# ------------------------------------------------------------------------------------------------ actions and prompts
-@pytest.mark.parametrize("text", [None, "fly away", "go to the fridge 1", "Look", "go to fridge 99", "", "reset"])
+@pytest.mark.parametrize(
+    "text", [None, "fly away", "go to the fridge 1", "Look", "go to fridge 99", "", "reset"]
+)
 def test_what_is_not_admissible_costs_a_turn_and_is_not_sent(generated, text):
     task = one_of_each_type(generated, "train")[0]
     before = generated.reset([task])[0]
     after = generated.step({0: text})[0]
-    assert after.invalid and after.reply == NOT_AN_ACTION and not after.done and after.objects == before.objects
+    assert after.invalid and not after.done
+    assert after.reply == NOT_AN_ACTION
+    assert after.objects == before.objects
     assert not generated.step({0: "look"})[0].invalid
 
 
@@ -170,41 +206,67 @@ def test_prompts_hold_what_is_needed_to_act(generated):
     assert task.name == "pick_two_obj_and_place"
     now, past = generated.reset([task])[0], []
     for action in generated.gold(task):
-        prompt, chat = generated.prompt(past, now), generated.chat(past, now)
-        assert now.goal in prompt and now.goal in chat and len(prompt) < 500
-        assert action in chat and "help" not in chat and chat.index(generated.chat_rules) == 0
+        compact = generated.compact_prompt(past, now)
+        chat = generated.chat_prompt(past, now)
+        assert now.goal in compact and now.goal in chat
+        assert len(compact) < 500 and "left " in compact
+        assert chat.startswith(generated.chat_rules)
+        assert action in chat and "help" not in chat
         verb, _, rest = action.partition(" ")
-        if verb == "take":                               # it was seen, and where
-            assert "{} in {}".format(*rest.split(" from ")) in prompt
+        if verb == "take":
+            # the agent saw it, and where
+            thing, place = rest.split(" from ")
+            assert f"{thing} in {place}" in compact
         if verb == "move":
-            assert f"have {rest.split(' to ')[0]}" in prompt and "You are carrying" in chat
+            thing, _ = rest.split(" to ")
+            assert f"have {thing}" in compact
+            assert "You are carrying" in chat
         past.append((now, action))
         now = generated.step({0: action})[0]
     assert now.success
-    assert "left " in prompt and parse_chat(f"<think>so</think><action>{action.upper()}</action>") == action
 
 
-# --------------------------------------------------------------------------------------------------------- processes
-def test_a_worker_that_dies_is_replaced_and_its_episodes_are_lost():
+def test_the_compact_prompt_joins_the_numbers_of_a_kind():
+    """The tiny policy in models/ was trained on prompts of this form."""
+    names = ["drawer 1", "drawer 2", "desk 1", "drawer 4", "drawer 10"]
+    assert ranges(names) == "drawer 1-2 4 10, desk 1"
+
+
+def test_an_action_is_read_from_a_models_reply(generated):
+    reply = "<think>so</think><action>Go To Desk 1</action>"
+    assert generated.parse_chat(reply) == "go to desk 1"
+
+
+def test_a_worker_that_dies_is_replaced_and_its_episodes_are_lost(gone):
     with ALFWorld(games="generated", workers=2) as world:
+        zero, one = world.workers.workers
         tasks = world.tasks("train")[:2]
-        start = world.reset(tasks)
-        world.workers[0].process.kill()
-        first = world.step({0: "look", 1: "look"})
-        assert first[0] is None and first[1] is not None
+        first = world.reset(tasks)
+        zero.process.kill()
+        after = world.step({0: "look", 1: "look"})
+        assert after[0] is None and after[1] is not None
         assert world.step({1: "inventory"})[1].reply.startswith("You are not carrying")
-        assert world.reset(tasks) == start
-        world.workers[1].process.kill()                  # before a reset: nothing is lost
-        world.workers[1].process.wait()
-        assert world.reset(tasks) == start
+        assert world.reset(tasks) == first
+        # before a reset: nothing is lost
+        one.process.kill()
+        one.process.wait()
+        assert world.reset(tasks) == first
         world.prefetch(tasks)
-        world.workers[0].process.kill()
-        assert world.reset(tasks) == start
-        world.workers[1].patience = 1
-        os.kill(world.workers[1].process.pid, signal.SIGSTOP)            # it hangs
+        zero.process.kill()
+        assert world.reset(tasks) == first
+        # it hangs
+        one.patience = 1
+        os.kill(one.process.pid, signal.SIGSTOP)
         assert world.step({0: "look", 1: "look"})[1] is None
-        pids = [worker.process.pid for worker in world.workers]
-    assert gone(pids)
+        pids = [zero.process.pid, one.process.pid]
+    assert gone(pids, seconds=10)
+
+
+def test_a_worker_runs_from_any_folder(monkeypatch):
+    """Also from one whose files have the names of packages: worlds/alfworld.py."""
+    monkeypatch.chdir(ROOT / "worlds")
+    with ALFWorld(games="generated", workers=1) as world:
+        assert world.reset(world.tasks("train")[:1])[0].goal
 
 
 CHILD = """
@@ -213,7 +275,7 @@ from envs import ALFWorld
 if __name__ == "__main__":
     with ALFWorld(games="generated", workers=2) as world:
         world.step({})
-        print(*(worker.process.pid for worker in world.workers), flush=True)
+        print(*(worker.process.pid for worker in world.workers.workers), flush=True)
         if sys.argv[1] == "exception":
             raise RuntimeError("a bug")
         if sys.argv[1] == "loading":
@@ -224,18 +286,24 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how", ["end", "exception", "SIGINT", "SIGKILL", "loading"])
-def test_no_process_is_left_behind(how):
-    child = subprocess.Popen([sys.executable, "-c", CHILD, how], cwd=HERE, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_no_process_is_left_behind(how, gone):
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, how],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     pids = [int(pid) for pid in child.stdout.readline().split()]
     assert len(pids) == 2
-    if how not in ("end", "exception"):
-        child.send_signal(signal.SIGINT if how == "SIGINT" else signal.SIGKILL)
+    if how == "SIGINT":
+        child.send_signal(signal.SIGINT)
+    elif how in ("SIGKILL", "loading"):
+        child.kill()
     child.communicate(timeout=30)
-    assert gone(pids)
+    assert gone(pids, seconds=10)
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
 def refused(match, *arguments, **more):
     with pytest.raises(SetupError, match=match) as error:
         with ALFWorld(*arguments, workers=1, **more) as world:
@@ -243,44 +311,67 @@ def refused(match, *arguments, **more):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
+def test_an_unknown_task_is_one_line():
     refused("unknown ALFWorld task 'boil'.*pick_heat", ("boil",))
-    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "nowhere"))
+
+
+def test_games_that_are_missing_are_one_line(tmp_path, monkeypatch, capsys):
+    nowhere = tmp_path / "nowhere"
+    monkeypatch.setenv("ALFWORLD_DATA", str(nowhere))
     for games in ("real", "auto"):
         refused("ALFWORLD_DATA is .*nowhere.*alfworld-download", games=games)
-    assert not os.path.exists(tmp_path / "nowhere")
+    assert not nowhere.exists()
     monkeypatch.delenv("ALFWORLD_DATA")
     monkeypatch.setenv("HOME", str(tmp_path))
     refused("alfworld-download.*--games generated", games="real")
     with ALFWorld(workers=1) as world:
-        assert world.games == "generated" and "*generated* games" in capsys.readouterr().out
+        assert world.games == "generated"
+        assert "*generated* games" in capsys.readouterr().out
     folder = tmp_path / ".cache" / "alfworld" / "json_2.1.1"
     folder.mkdir(parents=True)
     refused("no ALFWorld games in .*valid_unseen.*alfworld-download")
-    game = folder / "valid_unseen" / "look_at_obj_in_light-Book-None-DeskLamp-302"
-    game.mkdir(parents=True)
+    (folder / "valid_unseen" / "look_at_obj_in_light-Book-None-DeskLamp-302").mkdir(parents=True)
     refused("no game of type look_at_obj_in_light", ("look_at_obj_in_light",))
-    texts = ["", "{}", '{"pddl_domain": "(define', '{"pddl_domain": "", "grammar": "", "pddl_problem": ""}', "[]",
-             '{"solvable": false}']
-    for i, text in enumerate(texts):
-        (game / f"trial{i}").mkdir()
-        (game / f"trial{i}" / "game.tw-pddl").write_text(text)
+
+
+UNPLAYABLE = (
+    "",
+    "{}",
+    '{"pddl_domain": "(define',
+    '{"pddl_domain": "", "grammar": "", "pddl_problem": ""}',
+    "[]",
+)
+
+
+def test_a_damaged_game_is_one_line_and_an_unsolvable_one_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    folder = (
+        tmp_path / "json_2.1.1" / "valid_unseen" / "look_at_obj_in_light-Book-None-DeskLamp-302"
+    )
+    # the benchmark marks games to leave out as unsolvable
+    for i, text in enumerate([*UNPLAYABLE, '{"solvable": false}']):
+        trial = folder / f"trial{i}"
+        trial.mkdir(parents=True)
+        (trial / "game.tw-pddl").write_text(text)
+    message = "^ALFWorld's game .*/game.tw-pddl can't be played.*damaged.*$"
     with ALFWorld(("look_at_obj_in_light",), workers=1) as world:
         *damaged, unsolvable = world.tasks("ood")
         assert len(damaged) == 5
         for task in damaged:
-            with pytest.raises(SetupError, match="^ALFWorld's game .*/game.tw-pddl can't be played.*damaged.*$"):
+            with pytest.raises(SetupError, match=message):
                 world.reset([task])
-        assert world.reset([unsolvable]) == [None]       # the benchmark's mark of games to leave out: lost, not an error
+        assert world.reset([unsolvable]) == [None]
 
 
 def test_listing_reads_no_game(tmp_path, monkeypatch):
     for i in range(3553):
-        folder = tmp_path / "json_2.1.1" / "train" / f"{ALFWORLD_TASKS[i % 6]}-Mug-None-Shelf-{i}" / "trial"
-        folder.mkdir(parents=True)
-        (folder / "game.tw-pddl").touch()
+        folder = f"{ALFWORLD_TASKS[i % 6]}-Mug-None-Shelf-{i}"
+        trial = tmp_path / "json_2.1.1" / "train" / folder / "trial"
+        trial.mkdir(parents=True)
+        (trial / "game.tw-pddl").touch()
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
-    start = time.perf_counter()
+    before = time.perf_counter()
     with ALFWorld(workers=1) as world:
-        assert world.games == "real" and len(world.tasks("train")) == 3553
-    assert time.perf_counter() - start < 5
+        assert world.games == "real"
+        assert len(world.tasks("train")) == 3553
+    assert time.perf_counter() - before < 5

@@ -120,13 +120,16 @@ def scored(policy, turns, temperature=1.0):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("tokens_per_batch", [16384, 40])
 def test_sampled_logp_equals_the_scored_one_behind_a_shared_prefix_with_and_without_lora(
-    folder, rank
+    folder, rank, tokens_per_batch
 ):
     policy = load_policy(folder, "keyquest", lora_rank=rank)
+    policy.tokens_per_batch = tokens_per_batch
     move(policy)
     prompts = [
-        policy.encode(KeyQuest(), [], o) for o in KeyQuest().reset(KeyQuest().tasks("train")[:5])
+        policy.encode(policy.prompt(KeyQuest(), [], o))
+        for o in KeyQuest().reset(KeyQuest().tasks("train")[:5])
     ]
     prompts[1] = prompts[1] + prompts[1][-40:]  # of other lengths
     assert len(os.path.commonprefix(prompts)) > 64
@@ -137,7 +140,20 @@ def test_sampled_logp_equals_the_scored_one_behind_a_shared_prefix_with_and_with
     assert (entropy - torch.tensor([x for t in turns for x in t.entropy])).abs().max() < 1e-4
 
 
-def test_a_sliding_window_shares_no_prefix(tmp_path):
+def test_a_response_of_a_chat_model_ends_with_its_action(folder):
+    """Nothing is sampled after </action>, and what was sampled is scored to its last token."""
+    policy = load_policy(folder, "keyquest")
+    tokenizer = policy.tokenizer
+    ids = tokenizer.encode("<action>east</action>", add_special_tokens=False)
+    inside = torch.full((5,), ids[-1])
+    responses = [ids, ids[:-1], [*ids, ids[0]], ids[-1:], [ids[0]] * 20 + ids]
+    assert policy.unfinished(inside, responses).tolist() == [False, True, False, True, False]
+    ended = torch.tensor([policy.end[0]] * 5)
+    assert not policy.unfinished(ended, [[1]] * 5).any()
+
+
+@pytest.mark.parametrize("tokens_per_batch", [16384, 40])
+def test_a_sliding_window_shares_no_prefix(tokens_per_batch, tmp_path):
     """Its mask counts the padding that would stand between the shared part and the rest."""
     save(tmp_path)
     MistralForCausalLM(
@@ -156,6 +172,7 @@ def test_a_sliding_window_shares_no_prefix(tmp_path):
         )
     ).save_pretrained(tmp_path)
     policy = load_policy(str(tmp_path), "keyquest")
+    policy.tokens_per_batch = tokens_per_batch
     prompts = [[5] * 70 + [7, 8, 9] * n for n in (1, 4, 12, 30)]
     samples = generate(policy, prompts, 1.0, 6, torch.Generator().manual_seed(0))
     turns = [Turn(0, p, *s) for p, s in zip(prompts, samples)]

@@ -45,8 +45,12 @@ def difference(rows, values):
     "name,env", [("tiny", "keyquest"), ("tiny", "scienceworld"), ("tiny", "alfworld")]
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
-def test_sampled_logp_and_entropy_equal_the_recomputed_ones(name, env, temperature):
+@pytest.mark.parametrize("tokens_per_batch", [16384, 12])
+def test_sampled_logp_and_entropy_equal_the_recomputed_ones(
+    name, env, temperature, tokens_per_batch
+):
     policy = load_policy(name, env)
+    policy.tokens_per_batch = tokens_per_batch
     prompts = [
         policy.tokenizer.encode(text, add_special_tokens=False)
         for text in (
@@ -107,13 +111,19 @@ def gradient(policy, turns, factors):
 
 def test_micro_batches_keep_to_their_budget_and_lose_no_turn():
     sizes = ((9, 1), (2, 1), (30, 5), (2, 8), (9, 1), (3, 1))
-    turns = [Turn(0, [1] * p, [1] * w, [], []) for p, w in sizes]
+    turns = [Turn(0, [i] * p, [1] * w, [], []) for i, (p, w) in enumerate(sizes)]
     parts = micro_batches(turns, [0, 1, 2, 3, 4], 20)
     assert sorted(i for part in parts for i in part) == [0, 1, 2, 3, 4] and [2] in parts
     for part in parts:
         widest = max(sum(sizes[i]) for i in part)
         assert part == [2] or len(part) * widest <= 20
     assert len(parts) == 3 and len(micro_batches(turns, range(6), 10**9)) == 1
+
+
+def test_equal_turns_share_a_micro_batch_and_count_once():
+    turns = [Turn(0, [1] * 9, [i % 2], [], []) for i in range(50)]
+    assert micro_batches(turns, range(50), 20) == [[*range(0, 50, 2), *range(1, 50, 2)]]
+    assert micro_batches(turns, range(50), 19) == [[*range(0, 50, 2)], [*range(1, 50, 2)]]
 
 
 def test_the_end_token_is_written_scored_and_last(policy):

@@ -24,8 +24,8 @@ import update
 from config import PRESETS
 from critic import Critic, explained_variance, update_critic, value_loss
 from envs import Task
-from epo import epo_loss, token_logp_and_entropy
-from rollout import collect
+from epo import epo_loss, group_advantages, token_logp_and_entropy
+from rollout import Episode, Turn, collect
 from support.learner import Learner, make_schedules
 from support.loading import ROOT, load_policy
 from support.report import progress
@@ -105,6 +105,52 @@ def flat_batch(episodes, advantages, cfg):
     turns = [turn for episode in episodes for turn in episode.turns]
     owner = torch.tensor([i for i, e in enumerate(episodes) for _ in e.turns])
     return turns, update.make_batch(turns, owner, advantages, cfg)
+
+
+def played(lengths, invalid, wins=()):
+    """A group of episodes by their numbers of turns and of invalid turns."""
+    group = []
+    for i, (turns, bad) in enumerate(zip(lengths, invalid)):
+        rows = [Turn(t, [1], [2], [-1.0], [0.5], invalid=t < bad) for t in range(turns)]
+        group.append(Episode(Task("find-plant", 0), rows, success=i in wins))
+    return group
+
+
+def group_advantages_of_turns(episodes, cfg):
+    """GRPO's advantages as rl_step makes them -> a list for each episode."""
+    turns = [turn for episode in episodes for turn in episode.turns]
+    owner = torch.tensor([i for i, e in enumerate(episodes) for _ in e.turns])
+    returns = train.episode_returns(episodes, cfg)
+    tasks = [episode.task for episode in episodes]
+    advantages = train.grpo_advantages(episodes, tasks, returns, cfg)[owner]
+    advantages = advantages - train.invalid_penalties(turns, cfg)
+    return [advantages[owner == i] for i in range(len(episodes))]
+
+
+def test_an_episode_that_dies_early_never_beats_its_group_for_being_short():
+    """Seven play 12 turns, 7 to 12 of them invalid; the eighth dies in its first turn.
+
+    Normalised with the return, as the paper has it, the penalty would give the eighth +2.24.
+    """
+    invalid, cfg = [10, 8, 12, 9, 10, 11, 7, 0], config.Config()
+    normalised = group_advantages(-0.01 * torch.tensor(invalid).double(), torch.zeros(8))
+    assert normalised[7].item() == pytest.approx(2.24, abs=0.01)
+    lengths = [12] * 7 + [1]
+    advantages = group_advantages_of_turns(played(lengths, invalid), cfg)
+    for of_episode, bad in zip(advantages, invalid):
+        expected = torch.tensor([-0.01 * (t < bad) for t in range(len(of_episode))])
+        assert torch.equal(of_episode, expected)
+    # beside a winner it has the advantage of all who fail, and the penalty is as small as before
+    won = group_advantages_of_turns(played(lengths, invalid, wins=(0,)), cfg)
+    failure = (0 - 1 / 8) / (8**-0.5 + 1e-6)
+    assert won[7].tolist() == pytest.approx([failure], abs=1e-6)
+    assert won[2].tolist() == pytest.approx([failure - 0.01] * 12, abs=1e-6)
+    assert won[0][-1].item() == pytest.approx(7 * -failure, abs=1e-5)
+
+
+def test_episodes_that_failed_early_are_counted():
+    episodes = played([12, 1, 5, 12], [0, 0, 2, 3], wins=(2,))
+    assert train.episode_metrics(episodes, 12)["failed_early"] == 0.25
 
 
 def gradient(batch, **options):

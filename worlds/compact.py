@@ -101,9 +101,10 @@ def ranges(names):
         numbers.setdefault(kind, []).append(int(number))
     texts = []
     for kind, of_kind in numbers.items():
+        spans = []
         firsts = sorted(n for n in of_kind if n - 1 not in of_kind)
         lasts = sorted(n for n in of_kind if n + 1 not in of_kind)
         for first, last in zip(firsts, lasts, strict=True):
-            span = str(first) if first == last else f"{first}-{last}"
-            texts.append(f"{kind} {span}")
+            spans.append(str(first) if first == last else f"{first}-{last}")
+        texts.append(" ".join([kind, *spans]))
     return ", ".join(texts)
