@@ -1,107 +1,180 @@
-"""How much memory a run takes, by part: python memory.py
+"""How much memory a run takes, part by part, predicted from a model's shape.
 
-A sum of bytes from a model's shape; `python bench.py memory` sets it beside measured peaks. The table it prints is a prediction for GPUs,
-made where there was none to measure on.
+    python -m tools.memory
 
-What lives through the whole run ("held"): weights, the frozen start for the KL, Adam's two moments, and the same for PPO's critic. On top of
-it comes the larger of the two phases: the rollout (the cache of keys and values) or the update (gradients, the residual stream after
-each layer, one layer computed again, and a few hundred tokens of logits).
+It is a sum of bytes; `python -m tools.bench memory` sets it beside measured peaks. Some memory is
+taken all through a run: weights, the reference policy, Adam's two moments, and the critic with its
+own. On top comes the larger of two phases. The rollout has the cache of keys and values. The update
+has gradients, the residual stream after each layer, and either a layer that is computed again or
+some hundred tokens of logits.
 """
+
+import argparse
+
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from train import LOGITS_AT_ONCE
+from update import LOGITS_AT_ONCE
 
-GIB = 2 ** 30
+GIB = 2**30
 FLOAT, HALF = 4, 2
+# the moments of a parameter
 ADAM = 2 * FLOAT
-LOGITS_COPIES = 6.3                  # the loss and its gradient hold that many times the logits
-LAYER_D, LAYER_FFN = 11, 8           # numbers per token that one layer holds, forward and backward: times hidden and feed-forward width
+# the loss and its gradient take that many times the logits
+LOGITS_COPIES = 6.3
+# numbers per token of a layer, forward and backward: times its width, times that of its MLP
+LAYER_WIDTHS, LAYER_FFNS = 11, 8
+# what a card needs beside the sum: CUDA and fragments
+RESERVE = 2 * GIB
 
-COUNTED = {}
+counted = {}
 
 
 def count(config):
-    """Parameters of the model, its output matrix, and all linear layers' inputs plus outputs (a LoRA adapter has rank times these)."""
+    """-> parameters of the model; of its output matrix; inputs plus outputs of all linear layers
+
+    A LoRA adapter has `rank` times the last number of parameters.
+    """
     shape = config.to_json_string()
-    if shape not in COUNTED:
+    if shape not in counted:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings()
         linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-        COUNTED[shape] = model.num_parameters(), head.weight.numel(), sum(m.in_features + m.out_features for m in linear)
-    return COUNTED[shape]
+        sides = sum(m.in_features + m.out_features for m in linear)
+        counted[shape] = model.num_parameters(), head.weight.numel(), sides
+    return counted[shape]
 
 
-def parts(config, lora_rank=0, ppo=False, kl=True, mixed=True, tokens=16384, written=2 ** 20, episodes=64, context=2048):
-    """Bytes by part, of a run of train.py with one model shape. mixed: bfloat16 products, as on a GPU; tokens: of a micro-batch
-    (--tokens-per-batch), padding counted, `written` of them by the policy; context: prompt and written tokens of the longest turn."""
-    n, head, linear = count(config)
-    adapters, product = lora_rank * linear, HALF if mixed else FLOAT
-    learns = adapters or n
+def parts(
+    config,
+    lora_rank=0,
+    ppo=False,
+    kl=True,
+    mixed=True,
+    tokens=16384,
+    response_tokens=2**20,
+    episodes=64,
+    context=2048,
+):
+    """Bytes by part of a run of train.py -> three dicts: all through it, the update, the rollout.
+
+    mixed: bfloat16 products, as on a GPU; tokens: of a micro-batch (--tokens-per-batch), of which
+    response_tokens are responses; context: prompt and response tokens of the longest turn.
+    """
+    n, head, linear_sides = count(config)
+    adapter = lora_rank * linear_sides
+    learns = adapter or n
     body = n if config.tie_word_embeddings else n - head
-    layers, d, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-    keys = config.num_key_value_heads * (getattr(config, "head_dim", None) or d // config.num_attention_heads)
-    residual = product if lora_rank else FLOAT
-    held = {"weights": n * (product if lora_rank else FLOAT) + FLOAT * adapters,
-            "start for the KL": FLOAT * n * (kl and not lora_rank),
-            "Adam": ADAM * learns,
-            "critic": (FLOAT + ADAM) * (adapters or body) * ppo}
-    logits = LOGITS_COPIES * FLOAT * min(LOGITS_AT_ONCE, written * config.vocab_size) + FLOAT * head * (not lora_rank)
-    layer = tokens * product * (LAYER_D * d + LAYER_FFN * ffn)
-    if lora_rank and mixed:              # each adapter's input is made float32, and bfloat16 again for its product
-        layer += tokens * (FLOAT * ffn + HALF * (6 * d + ffn))
-    copies = {"bfloat16 copies of weights": HALF * (n - head) * (mixed and not lora_rank)}                 # autocast keeps them
-    update = {"gradients": FLOAT * learns, **copies,
-              "residual stream": tokens * residual * d * (layers + 1),
-              "logits or a layer": max(logits, layer)}
-    cached = episodes * context * 2 * keys * residual                    # float32 weights make float32 keys, under autocast too
-    rollout = {**copies,
-               "keys and values": cached * (layers + 1),                  # one layer's are copied when a token is added
-               "prompts through a layer": episodes * context * product * (3 * d + 3 * ffn)}
-    return held, update, rollout
+    layers, width, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    keys = config.num_key_value_heads * head_width
+    product = HALF if mixed else FLOAT
+    # the dtype of the model's own weights: of the residual stream and of the cache, too
+    own = product if lora_rank else FLOAT
+
+    always = {
+        "weights": n * own + adapter * FLOAT,
+        "reference policy": n * FLOAT * (kl and not lora_rank),
+        "Adam": learns * ADAM,
+        "critic": (adapter or body) * (FLOAT + ADAM) * ppo,
+    }
+    # autocast makes them once, and uses them again
+    copies = {"bfloat16 copies of weights": (n - head) * HALF * (mixed and not lora_rank)}
+    logits = LOGITS_COPIES * FLOAT * min(LOGITS_AT_ONCE, response_tokens * config.vocab_size)
+    logits += head * FLOAT * (not lora_rank)
+    layer = tokens * product * (LAYER_WIDTHS * width + LAYER_FFNS * ffn)
+    if lora_rank and mixed:
+        # each adapter's input is made float32, and bfloat16 again for its product
+        layer += tokens * (FLOAT * ffn + HALF * (6 * width + ffn))
+    update = copies | {
+        "gradients": learns * FLOAT,
+        "residual stream": tokens * own * width * (layers + 1),
+        "logits or a layer": max(logits, layer),
+    }
+    cached = episodes * context * 2 * keys * own
+    rollout = copies | {
+        # one layer's are copied when a token is added
+        "keys and values": cached * (layers + 1),
+        "prompts through a layer": episodes * context * product * 3 * (width + ffn),
+    }
+    return always, update, rollout
 
 
-def total(held, *phases):
-    """The peak: what is held and the larger phase, in bytes."""
-    return sum(held.values()) + max(sum(phase.values()) for phase in phases)
+def total(always, *phases):
+    """The peak in bytes: of the phases only the largest counts."""
+    return sum(always.values()) + max(sum(phase.values()) for phase in phases)
 
 
-def llama(layers, d, heads, kv, ffn, vocabulary=49152):
-    return LlamaConfig(vocab_size=vocabulary, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
-                       intermediate_size=ffn, tie_word_embeddings=True)
+def llama(layers, width, heads, key_heads, ffn, vocabulary=49152):
+    return LlamaConfig(**shape(layers, width, heads, key_heads, ffn, vocabulary, True))
 
 
-def qwen(layers, d, heads, kv, ffn, vocabulary=151936, tied=True):
-    return Qwen2Config(vocab_size=vocabulary, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
-                       intermediate_size=ffn, tie_word_embeddings=tied)
+def qwen(layers, width, heads, key_heads, ffn, vocabulary=151936, tied=True):
+    return Qwen2Config(**shape(layers, width, heads, key_heads, ffn, vocabulary, tied))
 
 
-SHAPES = {"SmolLM2-135M": llama(30, 576, 9, 3, 1536), "SmolLM2-360M": llama(32, 960, 15, 5, 2560), "Qwen2.5-0.5B": qwen(24, 896, 14, 2, 4864),
-          "Qwen2.5-1.5B": qwen(28, 1536, 12, 2, 8960), "Qwen2.5-3B": qwen(36, 2048, 16, 2, 11008), "Qwen2.5-7B": qwen(28, 3584, 28, 4, 18944, 152064, False)}
+def shape(layers, width, heads, key_heads, ffn, vocabulary, tied):
+    """As transformers calls it. tied: the output matrix is that of the embeddings."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "intermediate_size": ffn,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES = {
+    "SmolLM2-135M": llama(30, 576, 9, 3, 1536),
+    "SmolLM2-360M": llama(32, 960, 15, 5, 2560),
+    "Qwen2.5-0.5B": qwen(24, 896, 14, 2, 4864),
+    "Qwen2.5-1.5B": qwen(28, 1536, 12, 2, 8960),
+    "Qwen2.5-3B": qwen(36, 2048, 16, 2, 11008),
+    "Qwen2.5-7B": qwen(28, 3584, 28, 4, 18944, 152064, tied=False),
+}
 
 
 def largest(card, value, **options):
-    """The most tokens of a micro-batch (or episodes of a step) with which a run fits `card` bytes less 2 GiB for CUDA and fragments; 0: none."""
-    fits = lambda size: total(*parts(**options, **{value: size})) < card - 2 * GIB
+    """The most tokens of a micro-batch, or episodes, that fit into a card of `card` bytes; or 0.
+
+    value: "tokens" or "episodes"; options: of `parts`.
+    """
+    fits = lambda size: total(*parts(**options, **{value: size})) < card - RESERVE
     size = 0
-    for bit in (2 ** k for k in reversed(range(21))):
-        size += bit * fits(size + bit)
+    for bit in reversed(range(21)):
+        if fits(size + 2**bit):
+            size += 2**bit
     return size
 
 
 def main():
-    print("Predicted, in GiB, for 64 episodes with turns of up to 2,048 tokens and 16,384 tokens in a micro-batch. The last columns: the most of them that fit.\n")
-    print(f"{'model':14} {'trained':9} {'algo':5} {'held':>6} {'rollout':>8} {'update':>7} {'peak':>6}   {'24 GB: tokens':>14} {'episodes':>9}   {'80 GB: tokens':>14} {'episodes':>9}")
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    print(
+        "Predicted, in GiB, for 64 episodes with turns of up to 2,048 tokens and 16,384 tokens in "
+        "a micro-batch.\nThe last columns: the most tokens, or episodes, that fit.\n"
+    )
+    sizes = "".join(f"   {f'{card} GB: tokens':>14} {'episodes':>9}" for card in (24, 80))
+    phases = "".join(f" {name:>7}" for name in ("always", "rollout", "update", "peak"))
+    print(f"{'model':14} {'trained':9} {'algo':4}{phases}{sizes}")
     for name, config in SHAPES.items():
-        for rank in (0, 32):
-            for ppo in (False, True):
-                options = {"config": config, "lora_rank": rank, "ppo": ppo}
-                held, update, rollout = parts(**options)
-                sizes = [largest(card * 10 ** 9, value, **options) for card in (24, 80) for value in ("tokens", "episodes")]
-                gib = [sum(part.values()) / GIB for part in (held, rollout, update)]
-                print(f"{name:14} {f'LoRA {rank}' if rank else 'all':9} {'ppo' if ppo else 'grpo':5} {gib[0]:6.1f} {gib[1]:8.1f} {gib[2]:7.1f} "
-                      f"{total(held, update, rollout) / GIB:6.1f}   {sizes[0]:14,} {sizes[1]:9,}   {sizes[2]:14,} {sizes[3]:9,}")
+        for lora_rank in (0, 32):
+            for algo in ("grpo", "ppo"):
+                options = {"config": config, "lora_rank": lora_rank, "ppo": algo == "ppo"}
+                always, update, rollout = parts(**options)
+                numbers = [sum(part.values()) for part in (always, rollout, update)]
+                numbers.append(total(always, update, rollout))
+                line = f"{name:14} {f'LoRA {lora_rank}' if lora_rank else 'all':9} {algo:4}"
+                line += "".join(f" {number / GIB:7.1f}" for number in numbers)
+                for card in (24, 80):
+                    tokens = largest(card * 10**9, "tokens", **options)
+                    episodes = largest(card * 10**9, "episodes", **options)
+                    line += f"   {tokens:14,} {episodes:9,}"
+                print(line)
 
 
 if __name__ == "__main__":

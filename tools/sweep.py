@@ -1,103 +1,225 @@
-"""Run presets × seeds of train.py, one folder each, and print the table. What is finished is skipped, what was stopped goes on.
+"""Run presets × seeds of train.py, one folder for each run, and print the tables.
 
-    python sweep.py tiny-grpo-plain tiny-grpo-epo --seeds 3 --jobs 2 --out results/sweep --steps 20
+    python -m tools.sweep tiny-grpo-plain tiny-grpo-epo --jobs 2 --out runs/sweep --steps 20
 
-Flags that it doesn't know go to train.py. For runs that are finished it only prints the table:
-before, after: success of the first and the last evaluation. Succ.*: the best of a run's evaluations; Succ.: the mean of its last
-ones (--last), which a second table has by task type. Means over seeds ± standard error, as IID / OOD. std(ΔH̄): how much the mean
-entropy jumps from step to step; max H̄: the highest it gets, nats.
+Flags that it does not know go to train.py. A finished run is skipped, a stopped one goes on, and a
+run of other settings is refused. What a run prints is in FOLDER.txt. The columns of the tables:
+
+before, after    success of the first and the last evaluation
+Succ.*, Succ.    success of a run's best evaluation, and the mean of its last ones (--last)
+std(ΔH̄), max H̄   how mean entropy changes from step to step, and its highest value (nats)
+
+A number is the mean over the seeds ± its standard error; a / b is IID / OOD.
 """
+
 import argparse
-import json
+import ctypes
 import os
+import signal
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from typing import NamedTuple
+
+from transformers import AutoConfig
+
+from config import PRESETS, Config, check, parse_flags, resolve
+from envs import world_class
+from rollout import Policy
+from support.loading import MADE_FOR, ROOT
+from support.report import summary
+from support.run_folder import SetupError, is_new, read_config, read_log
+
+SPLITS = ("iid", "ood")
+COLUMNS = {"before": "before", "after": "after", "best": "Succ.*", "last": "Succ."}
+# the sweep decides these
+OWN_FLAGS = {"preset", "seed", "resume", "evaluate"}
+# they cannot change a result
+MAY_DIFFER = {"preset", "out", "resume", "evaluate", "device", "tokens_per_batch"}
+# from linux/prctl.h: the signal that a process gets when its parent ends
+PR_SET_PDEATHSIG = 1
 
 
-def rows(folder):
-    """The whole rows of a run's log; [] if there is none."""
-    try:
-        return [json.loads(line) for line in open(os.path.join(folder, "log.jsonl")) if line.endswith("\n")]
-    except OSError:
-        return []
-
-
-def steps(folder):
-    """How many steps a run is to have; None if it has not begun."""
-    try:
-        return json.load(open(os.path.join(folder, "config.json")))["steps"]
-    except (OSError, ValueError):
-        return None
+class Run(NamedTuple):
+    preset: str
+    seed: int
+    folder: str
 
 
 def finished(folder):
     """The rows of a run that came to its end; else []."""
-    log = rows(folder)
-    return log if log and log[-1]["step"] == steps(folder) else []
+    if is_new(folder):
+        return []
+    steps, rows = read_config(folder).get("steps"), read_log(folder)
+    return rows if len(rows) - 1 == steps else []
 
 
-def run(preset, seed, folder, more):
-    """Run, or go on, or do nothing. -> the exit status"""
-    if finished(folder):
-        return 0
-    arguments = ["--out", folder, "--resume"] if steps(folder) else ["--preset", preset, "--seed", str(seed), "--out", folder, *more]
-    with open(folder + ".txt", "a") as text:
-        return subprocess.run([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), *arguments],
-                              stdout=text, stderr=text).returncode
+def arguments_of(run, flags, given):
+    """What train.py is to be given, None for a finished run. Raises SetupError: other settings."""
+    cfg = Config(**{**PRESETS[run.preset], **given, "seed": run.seed, "out": run.folder})
+    check(cfg)
+    arguments = ["--seed", str(run.seed), "--out", run.folder, *flags]
+    if is_new(run.folder):
+        return ["--preset", run.preset, *arguments]
+    refuse_other_settings(cfg, read_config(run.folder))
+    return None if finished(run.folder) else ["--resume", *arguments]
 
 
-def summary(log, last):
-    """A finished run's numbers: {name: value}."""
-    evaluations = [row for row in log if "iid_success" in row]
-    entropy = [row["entropy"] for row in log if "entropy" in row]
-    numbers = {"jump": statistics.pstdev(b - a for a, b in zip(entropy, entropy[1:])) if len(entropy) > 1 else 0.0, "highest": max(entropy, default=0.0)}
-    for split in ("iid", "ood"):
-        success = [row[f"{split}_success"] for row in evaluations]
-        numbers |= {f"{split}_before": success[0], f"{split}_after": success[-1], f"{split}_best": max(success),
-                    f"{split}_last": statistics.mean(success[-last:])}
-        by_task = [row[f"{split}_by_task"] for row in evaluations[-last:]]
-        numbers |= {f"{split} {name}": statistics.mean(row[name] for row in by_task if name in row) for name in {n for row in by_task for n in row}}
-    return numbers
+def refuse_other_settings(cfg, saved):
+    """Raises SetupError unless the run that is saved in cfg.out has the settings of cfg."""
+    model = os.path.join(ROOT, "models", cfg.env) if cfg.model == "tiny" else cfg.model
+    try:
+        model_config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"model {cfg.model!r} cannot be loaded; see --model") from error
+    compact = getattr(model_config, "prompt", "chat") == "compact"
+    made_for = {name: getattr(model_config, name, None) for name in MADE_FOR}
+    before = asdict(cfg)
+    with redirect_stdout(None):
+        resolve(cfg, Policy(None, None, [], compact, made_for), world_class(cfg.env).turns)
+    for name, value in asdict(cfg).items():
+        # earlier versions did not have every setting, and did not save all that was decided
+        unknown = name not in saved or (before[name] is None and saved[name] is None)
+        if name in MAY_DIFFER or unknown or value in ("auto", saved[name]):
+            continue
+        flag = "--" + name.replace("_", "-")
+        raise SetupError(
+            f"{cfg.out} has {flag} {saved[name]}, not {value}; give that flag, or another --out"
+        )
+
+
+def end_with_the_sweep():
+    """Called in a new process: if the sweep is killed, the process is to get SIGTERM."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def launch(run, arguments):
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *arguments]
+    with open(run.folder + ".txt", "a") as text:
+        return subprocess.Popen(command, stdout=text, stderr=text, preexec_fn=end_with_the_sweep)
+
+
+def run_all(waiting, jobs):
+    """Run all of waiting, {Run: arguments}, `jobs` at a time. If the sweep is stopped, they are."""
+    running = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = next(iter(waiting))
+                running[run] = launch(run, waiting.pop(run))
+            time.sleep(0.2)
+            for run, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[run]
+                if process.returncode:
+                    message = f"{run.folder} ended with status {process.returncode}"
+                    print(f"sweep.py: {message}; see {run.folder}.txt", file=sys.stderr)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
 
 
 def spread(values, digits=2):
-    """mean ± standard error of the mean, as text; – if there is none."""
+    """The mean ± its standard error as text; – if there is no value."""
+    values = [value for value in values if value is not None]
     if not values:
         return "–"
-    error = f" ±{statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{error}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ±{statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+
+
+def cell(seeds, name):
+    """A cell IID / OOD. seeds: their summaries; name: a key of theirs, with {} for the split."""
+    texts = [spread([numbers.get(name.format(split)) for numbers in seeds]) for split in SPLITS]
+    return f"  {' / '.join(texts):>23}"
+
+
+def print_tables(summaries):
+    """summaries: {preset: the summary of each of its runs}."""
+    titles = "".join(f"  {title:>23}" for title in COLUMNS.values())
+    print(f"{'preset':24} seeds{titles}  std(ΔH̄)      max H̄")
+    for preset, seeds in summaries.items():
+        cells = "".join(cell(seeds, f"{{}}_{name}") for name in COLUMNS)
+        jump = spread([numbers["jump"] for numbers in seeds], 3)
+        highest = spread([numbers["highest"] for numbers in seeds])
+        print(f"{preset:24} {len(seeds):5}{cells}  {jump}  {highest}")
+    titles = "".join(f"  {preset:>23}" for preset in summaries)
+    print(f"\n{'Succ. by task type':30}{titles}")
+    keys = {key for seeds in summaries.values() for numbers in seeds for key in numbers}
+    for task in sorted({key.split(" ", 1)[1] for key in keys if " " in key}):
+        cells = "".join(cell(seeds, f"{{}} {task}") for seeds in summaries.values())
+        print(f"{task:30}{cells}")
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def parse():
+    """-> the command line's arguments, and the flags for train.py"""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: parser.exit(2, f"sweep.py: {message}; see --help\n")
+    parser.add_argument("presets", nargs="+", metavar="preset", help="a preset of config.py")
+    parser.add_argument("--seeds", type=positive, default=3, help="how many: 0, 1, …")
+    text = "runs at a time; each has one thread if there are several"
+    parser.add_argument("--jobs", type=positive, default=1, help=text)
+    text = "how many of the last evaluations make Succ."
+    parser.add_argument("--last", type=positive, default=2, help=text)
+    parser.add_argument("--out", default="runs/sweep", help="the folder of the run folders")
+    args, flags = parser.parse_known_args()
+    if unknown := [name for name in args.presets if name not in PRESETS]:
+        parser.error(f"unknown preset {unknown[0]!r}; there are: {', '.join(PRESETS)}")
+    return args, flags
+
+
+def sweep(args, flags):
+    """-> True if all runs are finished now"""
+    given = parse_flags(flags, None)
+    if own := OWN_FLAGS & given.keys():
+        raise SetupError(f"leave out --{min(own)}: each run has its own")
+    name = lambda preset, seed: os.path.join(args.out, f"{preset}-seed{seed}")
+    presets = list(dict.fromkeys(args.presets))
+    runs = [Run(p, seed, name(p, seed)) for seed in range(args.seeds) for p in presets]
+    arguments = {run: arguments_of(run, flags, given) for run in runs}
+    os.makedirs(args.out, exist_ok=True)
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    run_all({run: arguments[run] for run in runs if arguments[run]}, args.jobs)
+    summaries = {preset: [] for preset in presets}
+    for run in runs:
+        if rows := finished(run.folder):
+            summaries[run.preset].append(summary(rows, args.last))
+    print_tables({preset: seeds for preset, seeds in summaries.items() if seeds})
+    return all(len(seeds) == args.seeds for seeds in summaries.values())
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("presets", nargs="+")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to this less one")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread if there are several")
-    parser.add_argument("--last", type=int, default=2, help="how many of the last evaluations count as converged")
-    parser.add_argument("--out", default="runs/sweep")
-    args, more = parser.parse_known_args()
-    if args.jobs > 1:
-        os.environ["OMP_NUM_THREADS"] = "1"
-    os.makedirs(args.out, exist_ok=True)
-    runs = [(preset, seed, os.path.join(args.out, f"{preset}-seed{seed}")) for seed in range(args.seeds) for preset in args.presets]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for (_, _, folder), status in zip(runs, pool.map(lambda job: run(*job, more), runs)):
-            if status:
-                print(f"sweep.py: {folder} ended with status {status}; see {folder}.txt", file=sys.stderr)
-    done = {folder: summary(log, args.last) for _, _, folder in runs if (log := finished(folder))}
-    found = {preset: [done[folder] for p, _, folder in runs if p == preset and folder in done] for preset in args.presets}
-    found = {preset: numbers for preset, numbers in found.items() if numbers}
-    cell = lambda numbers, form: "{:>23}".format(" / ".join(spread([n[form.format(split)] for n in numbers if form.format(split) in n]) for split in ("iid", "ood")))
-    print(f"{'preset':24} seeds" + "".join(f"  {name:>23}" for name in ("before", "after", "Succ.*", "Succ.")) + "  std(ΔH̄)      max H̄")
-    for preset, numbers in found.items():
-        print(f"{preset:24} {len(numbers):5}  " + "  ".join(cell(numbers, f"{{}}_{name}") for name in ("before", "after", "best", "last"))
-              + f"  {spread([n['jump'] for n in numbers], 3)}  {spread([n['highest'] for n in numbers])}")
-    print(f"\n{'Succ. by task type':24}      " + "".join(f"  {preset:>23}" for preset in found))
-    for name in sorted({key[4:] for numbers in found.values() for n in numbers for key in n if " " in key}):
-        print(f"{name:30}" + "".join("  " + cell(numbers, f"{{}} {name}") for numbers in found.values()))
-    sys.exit(len(done) < len(runs))
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        complete = sweep(*parse())
+    except (SetupError, OSError) as error:
+        sys.exit(f"sweep.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("sweep.py: stopped; the same command goes on from there")
+    sys.exit(0 if complete else 1)
 
 
 if __name__ == "__main__":
