@@ -6,6 +6,7 @@
 
 overview         does entropy explode, does the cap stop it, and what becomes of success?
 entropy          group by group: every seed, its corridor, and the share of tokens outside
+tokens           where is the entropy: in how many tokens, in the first one or in the rest?
 entropy_by_turn  turn by step, and the first turns against the last ones
 success          episodes won in training, and in the evaluations on IID and OOD tasks
 loss             the four terms that add up to the loss, and β_k
@@ -23,9 +24,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from support.report import ENTROPY_EDGES
 from support.run_folder import SetupError, read_config, read_log, write_whole
 
 IGNORED = "seed out resume device evaluate preset eval_every tokens_per_batch".split()
@@ -33,7 +36,7 @@ CORRIDOR = "smoothing kappa_l kappa_r alpha gamma dynamic_weight window".split()
 SYMBOLS = {"entropy_coef": "λ", "alpha": "α", "kappa_l": "κ_l", "kappa_r": "κ_r", "kl_coef": "KL"}
 COLUMNS = (
     "entropy corridor_low corridor_high above below success iid_success ood_success "
-    "loss policy_loss entropy_loss smoothing_loss kl beta"
+    "loss policy_loss entropy_loss smoothing_loss kl beta first_entropy rest_entropy"
 ).split()
 # of Okabe and Ito, which the colour-blind can tell apart
 COLOURS = "#0072B2 #E69F00 #000000 #D55E00 #009E73 #56B4E9 #CC79A7".split()
@@ -70,17 +73,21 @@ def load(folder):
         raise SetupError(f"log.jsonl in {folder} is missing, or has no whole row yet")
     try:
         method(settings(config))
-        table = np.array([[row.get(name) for row in rows] for name in COLUMNS], float)
-        log = dict(zip(COLUMNS, table, strict=True))
+        columns = [[row.get(name) for row in rows] for name in COLUMNS]
+        log = dict(zip(COLUMNS, np.array(columns, float), strict=True))
         coefficient, limit = config["entropy_coef"], config["turns"]
         log["entropy_term"] = -coefficient * log["entropy_loss"]
         log["smoothing_term"] = coefficient * log["beta"] * log["smoothing_loss"]
         log["kl_term"] = config["kl_coef"] * log["kl"]
         # without a corridor no token is outside
-        for name in ("above", "below"):
-            log[name] = np.where(np.isnan(log["corridor_low"]), np.nan, log[name])
+        no_corridor = np.isnan(log["corridor_low"])
+        log["above"][no_corridor] = log["below"][no_corridor] = np.nan
         by_turn = [row.get("entropy_by_turn", []) for row in rows]
-        by_turn = np.array([*zip_longest(*by_turn, [None] * limit)], float)[:, :-1]
+        # one more column, cut off again, makes them as long as the turn limit
+        by_turn = [*zip_longest(*by_turn, [None] * limit)]
+        by_turn = np.array(by_turn, float)[:, :-1]
+        histogram = [row.get("entropy_histogram") or [None] * 32 for row in rows]
+        log["entropy_histogram"] = np.array(histogram, float).T  # (bins, steps)
         third = max(limit // 3, 1)
         log["entropy_by_turn"] = by_turn  # (turns, steps)
         log["first_third"] = mean(by_turn[:third])
@@ -129,7 +136,10 @@ def grouped(arguments):
         *name, path = [argument] if Path(argument).exists() else argument.split("=", 1)
         for folder in run_folders(path):
             runs[*name, folder.resolve()] = load(folder)
-    unnamed = [settings(config) for key, (config, _) in runs.items() if len(key) == 1]
+    unnamed = []
+    for key, (config, _) in runs.items():
+        if len(key) == 1:
+            unnamed.append(settings(config))
     groups = {}
     for (*name, _), run in runs.items():
         text = name[0] if name else label(settings(run[0]), unnamed)
@@ -145,7 +155,8 @@ def mean(table):
 def stack(runs, name):
     """A column of the log of all runs -> (seeds, …, steps), nan after the end of a shorter run."""
     columns = [log[name] for _, log in runs]
-    table = np.full([len(runs), *np.max([column.shape for column in columns], 0)], np.nan)
+    largest = np.max([column.shape for column in columns], 0)
+    table = np.full([len(runs), *largest], np.nan)
     for row, column in zip(table, columns, strict=True):
         row[tuple(map(slice, column.shape))] = column
     return table
@@ -155,7 +166,9 @@ def draw(axis, runs, name, **style):
     """A column of the log: the mean as a thick line, each of several seeds as a thin one."""
     table = stack(runs, name)
     thin = {"color": style["color"], "linewidth": 0.8, "alpha": 0.5}
-    lines = [(mean(table), style)] + [(seed, thin) for seed in table if len(table) > 1]
+    lines = [(mean(table), style)]
+    if len(table) > 1:
+        lines += [(seed, thin) for seed in table]
     for numbers, look in lines:
         steps = np.flatnonzero(np.isfinite(numbers))
         axis.plot(steps, numbers[steps], **look)
@@ -171,7 +184,8 @@ def compare(axes, groups, panels):
             # colour, marker and dashes differ, in cycles of 7, 8 and 4
             style = {"color": COLOURS[i % 7], "marker": "osD^vPX*"[i % 8]}
             style |= {"linestyle": DASHES[i % 4], "markevery": (0.02 * i, 0.15)}
-            draw(axis, runs, column, label=f"{text} (n = {len(runs)})", **style)
+            style["label"] = f"{text} (n = {len(runs)})"
+            draw(axis, runs, column, **style)
 
 
 def new_figure(groups, title, size=(13, 7.5), dpi=100):
@@ -261,13 +275,36 @@ def entropy_by_turn(groups):
     return legend(fig)
 
 
+def tokens(groups):
+    """The mean hides it: most tokens are nearly certain, and a few are decisions."""
+    fig = new_figure(groups, "entropies of the tokens; below, the means by position in a response")
+    for upper, lower, runs in cells(fig, groups, [3, 2]):
+        shares = mean(stack(runs, "entropy_histogram"))  # (bins, steps)
+        steps = np.arange(shares.shape[1] + 1) - 0.5
+        image = upper.pcolormesh(steps, ENTROPY_EDGES, shares, norm=LogNorm(1e-3, 1))
+        upper.figure.colorbar(image, ax=upper, label="share of tokens")
+        upper.set_yscale("function", functions=(np.sqrt, np.square))
+        upper.set(ylim=(0, 4), yticks=[0, 0.1, 0.5, 1, 2, 4], ylabel="entropy (nats)")
+        upper.grid(False)
+        draw(upper, runs, "entropy", color=BLACK, label="mean entropy $\\bar{H}_k$")
+        for bound in ("corridor_low", "corridor_high"):
+            nats = mean(stack(runs, bound))
+            upper.plot(nats, color=RED, linestyle=":", label="corridor")
+        draw(lower, runs, "first_entropy", color=BLUE, label="first token")
+        draw(lower, runs, "rest_entropy", color=ORANGE, ls="--", label="the rest")
+        upper.set_xlabel(None)
+        lower.set_ylabel("nats")
+    return legend(fig)
+
+
 def success(groups):
     fig = new_figure(groups, "success in training and in evaluations")
     axes = fig.subplot_mosaic([["training", "training"], ["IID", "OOD"]], sharey=True)
     unit = "episodes won (share)"
-    panels = {"success": ("training", unit)}
-    panels |= {
-        f"{split}_success": (f"evaluation, {split.upper()} tasks", unit) for split in ("iid", "ood")
+    panels = {
+        "success": ("training", unit),
+        "iid_success": ("evaluation, IID tasks", unit),
+        "ood_success": ("evaluation, OOD tasks", unit),
     }
     compare(axes.values(), groups, panels)
     axes["training"].set_ylim(0)
@@ -328,14 +365,11 @@ def gradient():
         axes["penalty"].plot(h, penalty(h, low, high, form), **style)
     axes["slope"].plot(h, net(h, low, high, 1) + 1, **hinge)
     axes["slope"].plot(h, 0 * h, **indicator)
-    for value, dashes, effect in (
-        (0.2, "-", "raises entropy everywhere"),
-        (2, ":", "pulls it back above the cap"),
-    ):
+    weak, strong = "raises entropy everywhere", "pulls it back above the cap"
+    for value, dashes, effect in ((0.2, "-", weak), (2, ":", strong)):
         text = f"hinge, $\\alpha\\beta_k = {value}$: {effect}"
-        axes["net"].plot(
-            h, net(h, low, high, value), color=BLUE, linewidth=3, linestyle=dashes, label=text
-        )
+        style = {"color": BLUE, "linewidth": 3, "linestyle": dashes, "label": text}
+        axes["net"].plot(h, net(h, low, high, value), **style)
     axes["net"].plot(h, 0 * h - 1, **indicator)
     axes["net"].axhline(0, color="#000000", linewidth=1)
     notes = {
@@ -373,12 +407,12 @@ def main():
         groups = grouped(args.runs)
         os.makedirs(args.out, exist_ok=True)
         with rc_context(LOOK):
-            makers = [overview, entropy, entropy_by_turn, success, loss]
+            makers = [overview, entropy, tokens, entropy_by_turn, success, loss]
             if len(groups) > len(COLOURS):
                 # it would say little
                 makers.remove(overview)
-            figures = {f.__name__: f(groups) for f in makers if groups} or {"gradient": gradient()}
-            for name, fig in figures.items():
+            figures = {make.__name__: make(groups) for make in makers if groups}
+            for name, fig in (figures or {"gradient": gradient()}).items():
                 path = os.path.join(args.out, f"{name}.{args.format}")
                 write_whole(path, partial(fig.savefig, format=args.format))
                 print(path)

@@ -29,7 +29,7 @@ from support.learner import begin_or_resume, make_learner, make_schedules, save
 from support.loading import choose_device, load_policy, trained
 from support.report import progress
 from support.run_folder import SetupError
-from update import make_batch, update
+from update import make_batch, token_metrics, update
 
 
 def train(cfg):
@@ -100,8 +100,8 @@ def rl_step(world, learner, train_tasks, schedules, cfg, step):
     # append H̄_k: Eq. 2's average of the batch, under the policy that wrote it
     entropy = entropy_loss(batch.entropy, batch.weights).item()
     learner.history.append(entropy)
+    bounds = corridor(history_mean, cfg.kappa_l, cfg.kappa_r)
     if step % cfg.eval_every == 0:
-        bounds = corridor(history_mean, cfg.kappa_l, cfg.kappa_r)
         report.save_token_transcripts(cfg.out, step, episodes, bounds, learner.policy.tokenizer)
     row = {
         "reward": returns.mean().item(),
@@ -111,7 +111,8 @@ def rl_step(world, learner, train_tasks, schedules, cfg, step):
         "beta": beta_k,
         "lr": lr,
     }
-    row |= episode_metrics(episodes, cfg.turns) | corridor_metrics(row, losses, cfg) | losses
+    row |= episode_metrics(episodes, cfg.turns) | token_metrics(batch, bounds[1])
+    row |= corridor_metrics(row, losses, cfg) | losses
     return row | {f"seconds_{part}": value for part, value in seconds.items()}
 
 

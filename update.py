@@ -9,6 +9,7 @@ import torch
 from config import settings_of
 from epo import corridor, decayed_weights, epo_loss, shaped_advantages, token_weights
 from rollout import micro_batches, response_states, score_tokens
+from support.report import ENTROPY_EDGES
 from support.run_folder import SetupError, save_tensors
 
 # 128 MB of float32; the loss and its gradient take about six times that
@@ -138,6 +139,23 @@ def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
     terms["below"] = (weights * (entropy < floor)).sum().item()
     terms["above"] = (weights * (entropy > cap)).sum().item()
     return loss, terms
+
+
+def token_metrics(batch, cap):
+    """Where the entropy is, weighted as Eq. 2: its distribution over the bins of ENTROPY_EDGES;
+
+    and its mean and the share above the cap of the first token of a response and of the rest.
+    """
+    bins = torch.bucketize(batch.entropy, torch.tensor(ENTROPY_EDGES[1:-1]), right=True)
+    histogram = batch.weights.new_zeros(len(ENTROPY_EDGES) - 1).index_add(0, bins, batch.weights)
+    row = {"entropy_histogram": [round(share, 6) for share in histogram.tolist()]}
+    first = torch.cat([torch.tensor([True]), batch.turn[1:] != batch.turn[:-1]])
+    for name, chosen in {"first": first, "rest": ~first}.items():
+        weights, entropy = batch.weights[chosen], batch.entropy[chosen]
+        share = weights / weights.sum()
+        row[f"{name}_entropy"] = (share * entropy).sum().item() if len(share) else None
+        row[f"{name}_above"] = (share * (entropy > cap)).sum().item() if len(share) else None
+    return row
 
 
 def stop_before_the_update(cfg, turns, batch, loss, norm):

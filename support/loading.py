@@ -3,10 +3,14 @@
 A model that cannot be trained by this code is refused before any work starts.
 """
 
+import copy
 import os
+import shutil
 import warnings
 
+import jinja2
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -14,8 +18,9 @@ from rollout import Policy
 from support.run_folder import SetupError, one_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# entries of a model's config.json that are this project's: what a tiny policy is made for
-MADE_FOR = ("tasks", "turns", "lr", "max_tokens")
+# entries of a model's config.json that are this project's: what it is made for. lora_lr: its lr
+# where only an adapter learns
+MADE_FOR = ("think", "tasks", "turns", "lr", "lora_lr", "max_tokens")
 
 
 def choose_device(device, dtype):
@@ -62,9 +67,30 @@ def load_policy(name, env, device="cpu", dtype="float32", lora_rank=0):
     model.mixed = model.base_model.mixed = dtype == "bfloat16"
     if lora_rank:
         add_lora(model, "policy", lora_rank)
-    made_for = {key: getattr(model.config, key, None) for key in MADE_FOR}
-    model = model.to(device).eval()
-    return Policy(model, tokenizer, end_tokens(model, tokenizer), compact, made_for)
+    policy = Policy(model.to(device).eval(), tokenizer, end_tokens(model, tokenizer), compact)
+    policy.made_for = made_for(model.config)
+    policy.system_role = compact or has_system_role(tokenizer)
+    return policy
+
+
+def made_for(config):
+    """The settings that a model's configuration asks for, None where it does not."""
+    settings = {key: getattr(config, key, None) for key in MADE_FOR}
+    if settings["think"] is None and getattr(config, "prompt", "chat") == "chat":
+        # on the meta device a model has shapes alone
+        with torch.device("meta"):
+            size = AutoModelForCausalLM.from_config(config).num_parameters()
+        settings["think"] = "on" if size >= 1.5e9 else "off"
+    return settings
+
+
+def has_system_role(tokenizer):
+    """Some chat templates refuse a system message or leave it out."""
+    messages = [{"role": "system", "content": "the rules"}, {"role": "user", "content": "now"}]
+    try:
+        return "the rules" in tokenizer.apply_chat_template(messages, tokenize=False)
+    except jinja2.TemplateError:
+        return False
 
 
 def end_tokens(model, tokenizer):
@@ -116,6 +142,42 @@ def add_lora(model, adapter, rank):
         model.add_adapter(config, adapter)
     for p in trained(model, adapter).values():
         p.data = p.data.float()
+
+
+def merged_weights(model):
+    """The weights by name as if there had never been an adapter, in float32 on the CPU."""
+    state = model.state_dict()
+    weights = {name: w.float().cpu() for name, w in state.items() if ".lora_" not in name}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            change = layer.get_delta_weight("policy").float().cpu()
+            weights[f"{name}.base_layer.weight"] = weights[f"{name}.base_layer.weight"] + change
+    return {name.replace(".base_layer.", "."): w for name, w in weights.items()}
+
+
+def save_model(policy, settings, folder):
+    """Write a folder that transformers and --model take, adapters merged, whole or not at all.
+
+    settings: those of MADE_FOR that the model is to ask for. Raises SetupError.
+    """
+    config = copy.deepcopy(policy.model.config)
+    config.dtype = torch.float32
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(merged_weights(policy.model), assign=True)
+    model.tie_weights()
+    model.generation_config = policy.model.generation_config
+    shutil.rmtree(folder + ".new", ignore_errors=True)
+    try:
+        model.save_pretrained(folder + ".new")
+        policy.tokenizer.save_pretrained(folder + ".new")
+        if os.path.isdir(folder):
+            shutil.rmtree(folder)
+        os.rename(folder + ".new", folder)
+    except (OSError, SafetensorError) as error:
+        raise SetupError(f"could not write {folder} ({one_line(error)})") from error
 
 
 def trained(model, adapter="policy"):

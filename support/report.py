@@ -8,6 +8,9 @@ from tqdm import tqdm
 
 from support.run_folder import write_json, write_whole
 
+# bins of the token entropies of a step, in nats, finer near 0; the last one has no upper end
+ENTROPY_EDGES = [12 * (i / 32) ** 2 for i in range(33)]
+
 
 def progress(title, total):
     """A progress bar within a step, for terminals only."""

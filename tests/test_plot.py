@@ -15,7 +15,7 @@ from epo import epo_loss
 from support.run_folder import SetupError
 
 HERE = Path(__file__).parent.parent
-FIGURES = ["entropy", "entropy_by_turn", "loss", "overview", "success"]
+FIGURES = ["entropy", "entropy_by_turn", "loss", "overview", "success", "tokens"]
 CONFIG = {
     "env": "scienceworld",
     "games": "auto",
@@ -51,6 +51,9 @@ def a_row(step, past, entropy, kappa_l, kappa_r):
         "reward": entropy / 2,
         "entropy": entropy,
         "entropy_by_turn": [entropy, 2 * entropy, 3 * entropy][: 3 - step % 2],
+        "entropy_histogram": [0.75, 0.0, 0.25] + [0.0] * 29,
+        "first_entropy": 2 * entropy,
+        "rest_entropy": entropy / 2,
         "history_mean": history_mean,
         "corridor_low": kappa_l * history_mean if step else None,
         "corridor_high": cap,
@@ -341,6 +344,19 @@ def test_the_same_bytes_every_time_and_gradient_needs_no_run(tmp_path, monkeypat
     assert os.listdir(tmp_path / "a") == [f"gradient.{form}"]
     first, second = (tmp_path / out / f"gradient.{form}" for out in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_picture_of_tokens_has_the_shares_of_the_log(tmp_path):
+    groups = plot.grouped([str(a_run(tmp_path / "a")), str(a_run(tmp_path / "b", seed=1))])
+    (upper, *_), lower = plot.tokens(groups).axes[:1], plot.tokens(groups).axes[1]
+    (mesh,) = upper.collections
+    shares = mesh.get_array()
+    assert shares.shape == (32, 5)
+    assert shares[:, 0].tolist() == [0.75, 0.0, 0.25] + [0.0] * 29
+    # the last row of a log is an evaluation alone
+    assert np.ma.masked_invalid(shares[:, 4]).count() == 0
+    first, rest = (line.get_ydata() for line in lower.lines if not line.get_label().startswith("_"))
+    assert first.tolist() == [0.4, 0.8, 0.2, 0.6] and rest.tolist() == [0.1, 0.2, 0.05, 0.15]
 
 
 def test_half_a_last_line_is_left_out(tmp_path):

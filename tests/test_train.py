@@ -28,7 +28,7 @@ from epo import epo_loss, group_advantages, token_logp_and_entropy
 from rollout import Episode, Turn, collect
 from support.learner import Learner, make_schedules
 from support.loading import ROOT, load_policy
-from support.report import progress
+from support.report import ENTROPY_EDGES, progress
 from support.run_folder import SetupError, save_tensors, write_whole
 from worlds.keyquest import KeyQuest
 
@@ -151,6 +151,33 @@ def test_an_episode_that_dies_early_never_beats_its_group_for_being_short():
 def test_episodes_that_failed_early_are_counted():
     episodes = played([12, 1, 5, 12], [0, 0, 2, 3], wins=(2,))
     assert train.episode_metrics(episodes, 12)["failed_early"] == 0.25
+
+
+def test_the_distribution_of_token_entropies_is_weighted_as_eq_2():
+    """Two episodes: one turn of two tokens; two turns of one token, and of three."""
+    episodes = played([1, 2], [0, 0])
+    lengths = iter((2, 1, 3))
+    for turn in (turn for episode in episodes for turn in episode.turns):
+        n = next(lengths)
+        turn.response, turn.logp, turn.entropy = [2] * n, [-1.0] * n, [1.0, 0.0, 20.0][:n]
+    _, flat = flat_batch(episodes, torch.zeros(3), config.Config())
+    row = update.token_metrics(flat, 0.5)
+    # the bin that has 1.0, the first one and the last one
+    assert ENTROPY_EDGES[9] < 1.0 < ENTROPY_EDGES[10]
+    zero, one, twenty = 1 / 4 + 1 / 12, 1 / 4 + 1 / 4 + 1 / 12, 1 / 12
+    expected = {0: zero, 9: one, 31: twenty}
+    histogram = [expected.get(i, 0.0) for i in range(32)]
+    assert row["entropy_histogram"] == pytest.approx(histogram, abs=1e-6)
+    assert row["first_entropy"] == pytest.approx(1.0) and row["first_above"] == pytest.approx(1.0)
+    rest = zero + twenty
+    assert row["rest_entropy"] == pytest.approx(20 * twenty / rest)
+    assert row["rest_above"] == pytest.approx(twenty / rest)
+
+
+def test_responses_of_one_token_have_no_rest():
+    _, flat = flat_batch(played([2, 1], [0, 0]), torch.zeros(3), config.Config())
+    row = update.token_metrics(flat, float("inf"))
+    assert row["rest_entropy"] is None and row["rest_above"] is None and row["first_above"] == 0
 
 
 def gradient(batch, **options):

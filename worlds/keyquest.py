@@ -9,12 +9,15 @@ class KeyQuest(World):
     """A corridor of rooms: find the key, carry it to the chest, open it; in 5 to 25 turns.
 
     A variation is the seed of a layout. short has 4 rooms, long has 6; in "ood" there are two more.
+    coin is long with a coin beside the start: to take it ends the episode with half the points and
+    without success, so with --reward score it is a local optimum.
     """
 
     chat_rules = (
-        "You are in a corridor of rooms. Your actions are: west, east, take key, open chest."
+        "You are in a corridor of rooms. Find the key, take it, carry it to the chest, and open "
+        "the chest. Your actions are: west, east, take key, open chest."
     )
-    rooms = {"short": 4, "long": 6}
+    rooms = {"short": 4, "long": 6, "coin": 6}
     splits = {"train": range(0, 200), "iid": range(200, 250), "ood": range(250, 300)}
 
     def __init__(self, names=()):
@@ -28,8 +31,11 @@ class KeyQuest(World):
         rooms = self.rooms[task.name] + 2 * (task.variation in self.splits["ood"])
         layout = random.Random(f"{task.name} {task.variation}")
         key, chest, here = layout.sample(range(rooms), 3)
+        coin = None
+        if task.name == "coin":
+            coin = layout.choice([room for room in (here - 1, here + 1) if room in range(rooms)])
         # a key of None: the agent carries it
-        self.games[slot] = {"rooms": rooms, "key": key, "chest": chest, "here": here}
+        self.games[slot] = {"rooms": rooms, "key": key, "chest": chest, "coin": coin, "here": here}
         return self.observe(slot, "You wake up.")
 
     def act(self, actions):
@@ -46,6 +52,8 @@ class KeyQuest(World):
         if action == "take key" and game["key"] == game["here"]:
             game["key"] = None
             return self.observe(slot, "Taken.")
+        if action == "take coin" and game["coin"] == game["here"]:
+            return self.observe(slot, "It is yours.", score=50, done=True)
         if action == "open chest" and game["chest"] == game["here"]:
             if game["key"] is not None:
                 return self.observe(slot, "It is locked.")
@@ -54,7 +62,7 @@ class KeyQuest(World):
 
     def observe(self, slot, reply, **outcome):
         game = self.games[slot]
-        things = [thing for thing in ("key", "chest") if game[thing] == game["here"]]
+        things = [thing for thing in ("key", "chest", "coin") if game[thing] == game["here"]]
         look = f"You see {' '.join(things) or 'nothing'}."
         inventory = "You carry the key." if game["key"] is None else "You carry nothing."
         return Observation("open the chest", reply, look, inventory, **outcome)
