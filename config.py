@@ -45,7 +45,15 @@ class Config:
         "of matrix products; auto: bfloat16 on a GPU, else float32",
         choices=("auto", "bfloat16", "float32"),
     )
-    max_tokens: int | None = option(None, "most tokens of a response; else 24 (tiny) or 512")
+    think: str | None = option(
+        None,
+        "chat models: on: reason first, as the paper; off: the action alone, from a short prompt; "
+        "else the model's own, or on from 1.5 billion parameters",
+        choices=("on", "off"),
+    )
+    max_tokens: int | None = option(
+        None, "most tokens of a response; else the model's, or 24 (tiny), 512, 32 (--think off)"
+    )
     algo: str = option(
         "grpo",
         "grpo: the baseline is the group's mean return; ppo: it is a critic's value of the turn",
@@ -57,7 +65,9 @@ class Config:
     temperature: float = option(1.0, "sampling temperature of training")
     minibatches: int = option(2, "updates per step; each takes an equal share of the episodes")
     tokens_per_batch: int = option(16384, "tokens of a forward pass; it cannot change a gradient")
-    lr: float | None = option(None, "peak learning rate; else the tiny policy's, or 5e-6 (paper)")
+    lr: float | None = option(
+        None, "peak learning rate; else the model's own, or 5e-6 (the paper), 1e-4 with LoRA"
+    )
     warmup: float = option(0.05, "share of the steps in which the rate rises to lr (paper: 0.1)")
     min_lr: float = option(0.2, "where the cosine schedule ends, as a share of lr")
     weight_decay: float = option(0.01, "AdamW's")
@@ -73,6 +83,11 @@ class Config:
         "hinge",
         "form of Eq. 3; indicator is v1's, without a gradient",
         choices=("hinge", "indicator", "off"),
+    )
+    corridor: str = option(
+        "token",
+        "what the corridor holds: each token's entropy (Eq. 3), or the mean of each turn (ours)",
+        choices=("token", "turn"),
     )
     kappa_l: float = option(0.0, "κ_l, the corridor's floor as a share of H̄_W")
     kappa_r: float = option(2.0, "κ_r, its cap; inf: no cap")
@@ -267,7 +282,7 @@ def check_types(cfg, source):
         if type(value) not in allowed:
             raise SetupError(f"{flag}: {value!r} is not of type {allowed[0].__name__}")
         choices = f.metadata.get("choices")
-        if choices and value not in choices:
+        if choices and value not in (*choices, f.default):
             raise SetupError(f"{flag}: {value!r} is not one of {', '.join(choices)}")
         infinite = type(value) is float and not math.isfinite(value)
         if infinite and not (f.name == "kappa_r" and value == math.inf):
@@ -276,12 +291,16 @@ def check_types(cfg, source):
 
 def resolve(cfg, policy, world_turns):
     """Decide what the user left to the policy and the world, and print it."""
-    before = asdict(cfg)
-    tiny = policy.compact
+    before, tiny, made_for = asdict(cfg), policy.compact, policy.made_for
+    cfg.think = cfg.think or made_for["think"]
+    policy.think = cfg.think == "on"
+    # an adapter needs a higher rate than all weights do
+    rate = cfg.lora_rank and made_for["lora_lr"] or made_for["lr"]
+    tokens = 24 if tiny else {"on": 512, "off": 32}[cfg.think]
     choices = {
-        "turns": policy.made_for["turns"] or world_turns,
-        "lr": policy.made_for["lr"] or 5e-6,
-        "max_tokens": policy.made_for["max_tokens"] or (24 if tiny else 512),
+        "turns": made_for["turns"] or world_turns,
+        "lr": rate or (1e-4 if cfg.lora_rank else 5e-6),
+        "max_tokens": made_for["max_tokens"] or tokens,
         "critic_lr": 1e-3 if tiny else 1e-5,
     }
     for name, value in choices.items():

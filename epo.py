@@ -144,18 +144,20 @@ def epo_loss(
     kappa_l=0.0, kappa_r=2.0, alpha=0.05,
     smoothing="hinge",
     clip=0.2,
-    entropy_weights=None,
+    entropy_weights=None, smoothed_entropy=None,
     reference_logp=None, kl_coef=0.01,
 ):  # fmt: skip
     """Eq. 6, and kl_coef times the KL where there is a reference_logp -> loss, {term: float}.
 
-    Tensors are (T,); history_mean: H̄_W or None; λ = entropy_coef; entropy_weights: L_H's own.
+    Tensors are (T,); history_mean: H̄_W or None; λ = entropy_coef; entropy_weights: L_H's own;
+    smoothed_entropy: what the corridor holds, if it is not each token's entropy.
     On one token's entropy: ∂L/∂H = -λw(1 + α·β_k) below the floor, -λw inside, -λw(1 - α·β_k)
     above the cap. Only with α·β_k > 1 does the cap pull entropy back; the paper's α does not.
     """
     l_mt = policy_loss(logp, old_logp, advantages, weights, clip)
     l_h = entropy_loss(entropy, weights if entropy_weights is None else entropy_weights)
-    l_smooth = smoothing_loss(entropy, history_mean, weights, kappa_l, kappa_r, alpha, smoothing)
+    h = entropy if smoothed_entropy is None else smoothed_entropy
+    l_smooth = smoothing_loss(h, history_mean, weights, kappa_l, kappa_r, alpha, smoothing)
     loss = l_mt - entropy_coef * (l_h - beta_k * l_smooth)
     terms = {"policy_loss": l_mt, "entropy_loss": l_h, "smoothing_loss": l_smooth}
     if reference_logp is not None:

@@ -109,12 +109,21 @@ def read_log(folder):
     return rows
 
 
+def rounded(value):
+    """Floats with six significant digits, also in lists and dicts."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return {key: rounded(item) for key, item in value.items()} if type(value) is dict else value
+
+
 def append_row(folder, row):
     """Add a row to log.jsonl and see it on the disk. Raises SetupError for a full disk."""
     path = os.path.join(folder, "log.jsonl")
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.write(json.dumps(rounded(row), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
