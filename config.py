@@ -1,10 +1,11 @@
 """Every setting of a run: its default, its flag, the named presets, and what is refused.
 
-A setting of yours is one field of Config, read where it is used. One that goes to the loss is also
-named in SETTINGS_OF, and reaches the function of epo.py of that name as a keyword.
+A setting of yours is one field of Config, read where it is used. A field that is named as a keyword
+of `epo_loss` or `group_advantages` reaches that function.
 """
 
 import argparse
+import inspect
 import math
 import os
 import typing
@@ -15,7 +16,7 @@ from transformers import HfArgumentParser
 
 from envs import WORLDS
 from epo import beta, smoothing_loss
-from support.run_folder import SetupError, is_new, read_config
+from support.run_folder import SetupError, damaged, is_new, read_config
 
 
 def option(default, text, **more):
@@ -122,15 +123,10 @@ class Config:
     evaluate: str | None = option(None, "a run's checkpoint.pt: print its success, train nothing")
 
 
-# which settings go to which function of epo.py, as keywords
-SETTINGS_OF = {
-    "epo_loss": ("clip", "entropy_coef", "smoothing", "kappa_l", "kappa_r", "alpha", "kl_coef"),
-    "group_advantages": (),
-}
-
-
 def settings_of(cfg, function):
-    return {name: getattr(cfg, name) for name in SETTINGS_OF[function]}
+    """The settings that are keywords of a function of epo.py."""
+    keywords = inspect.signature(function).parameters
+    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in keywords}
 
 
 # ---- Presets: the paper's settings (its Tables 2 and 3), and tiny ones for a CPU. The paper counts
@@ -184,7 +180,7 @@ def parse(arguments, description=None):
         print(f"preset {name}: {text}", flush=True)
     cfg = Config(**given)
     if cfg.evaluate is not None:
-        cfg.out = os.path.dirname(cfg.evaluate)
+        cfg.out = os.path.dirname(cfg.evaluate) or "."
     if cfg.out is None:
         cfg.out = os.path.join("runs", cfg.env)
     if cfg.resume or cfg.evaluate is not None:
@@ -205,7 +201,11 @@ def parse_flags(arguments, description):
     not_given = object()
     parser.set_defaults(**{f.name: not_given for f in fields(Config)})
     values = vars(parser.parse_args(arguments))
-    return {name: value for name, value in values.items() if value is not not_given}
+    given = {name: value for name, value in values.items() if value is not not_given}
+    for name in ("out", "evaluate"):
+        if given.get(name) == "":
+            raise SetupError(f"--{name} is empty; leave it out, or name what you mean")
+    return given
 
 
 def saved_config(cfg, given):
@@ -214,17 +214,23 @@ def saved_config(cfg, given):
     known = {f.name for f in fields(Config)}
     where = os.path.join(cfg.out, "config.json")
     if unknown := saved.keys() - known:
-        raise SetupError(f"{where} has a setting that is not known here: {min(unknown)}")
+        raise damaged(where, f"{min(unknown)!r:.30} is no setting here")
     if missing := known - saved.keys():
         print(f"{where} lacks {', '.join(sorted(missing))}: the defaults are taken", flush=True)
-    check(Config(**saved), where)
+    try:
+        # this machine's device need not be that of the run
+        check(Config(**{**saved, "device": "auto"}))
+    except SetupError as error:
+        raise damaged(where, error) from error
     if cfg.resume:
         for name in given.keys() - {"out", "resume", "device", "tokens_per_batch"}:
             if given[name] != saved.get(name):
                 flag = "--" + name.replace("_", "-")
                 values = f"{flag} is {given[name]}, but the run has {saved.get(name)}"
                 raise SetupError(f"--resume: {values}; leave it out")
-    return Config(**{**saved, **given, "out": cfg.out})
+    # what was asked for, not what a file says
+    own = {"out": cfg.out, "resume": cfg.resume, "evaluate": cfg.evaluate}
+    return Config(**{**saved, **given, **own})
 
 
 POSITIVE = (
@@ -235,13 +241,18 @@ NOT_NEGATIVE = "lr critic_lr lora_rank entropy_coef kl_coef weight_decay invalid
 SHARES = ("discount", "gae_lambda", "entropy_decay", "warmup", "min_lr")
 BOUNDS = {name: (0, 1) for name in SHARES}
 BOUNDS |= {name: (0, math.inf) for name in NOT_NEGATIVE.split()}
-# colder than that, float32 cannot hold the logits; the upper limit keeps torch's seeds in range
-BOUNDS |= {"temperature": (0.01, 100), "eval_temperature": (0.01, 100), "seed": (0, 10**12 - 1)}
+# colder than that, float32 cannot hold the logits
+BOUNDS |= {"temperature": (0.01, 100), "eval_temperature": (0.01, 100)}
+# no layer is wider; torch's seeds stay in range
+BOUNDS |= {"lora_rank": (0, 10**5), "seed": (0, 10**12 - 1)}
+MOST_EPISODES = 10**6
+# nothing works with more, and float32 and torch's integers hold it
+LARGEST = 10**12
 
 
-def check(cfg, source="the command line"):
+def check(cfg):
     """Refuse what cannot work before any work starts. Raises SetupError."""
-    check_types(cfg, source)
+    check_types(cfg)
     for name in POSITIVE:
         value = getattr(cfg, name)
         if value is not None and not value > 0:
@@ -252,6 +263,9 @@ def check(cfg, source="the command line"):
             limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise SetupError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
     episodes = cfg.tasks_per_step * cfg.group_size
+    if max(episodes, cfg.eval_episodes) > MOST_EPISODES:
+        flags = "--eval-episodes, and --tasks-per-step times --group-size,"
+        raise SetupError(f"{flags} must be at most {MOST_EPISODES}")
     if cfg.smoothing == "indicator" and not cfg.entropy_coef:
         raise SetupError("--smoothing indicator --entropy-coef 0: without λ nothing is smoothed")
     if cfg.algo == "grpo" and cfg.group_size < 2:
@@ -270,23 +284,24 @@ def check(cfg, source="the command line"):
         raise SetupError(str(error)) from error
 
 
-def check_types(cfg, source):
+def check_types(cfg):
     """Raises SetupError unless each value has its field's type, is finite and a choice."""
     types = typing.get_type_hints(Config)
     for f in fields(cfg):
         value, allowed = getattr(cfg, f.name), typing.get_args(types[f.name]) or (types[f.name],)
-        flag = f"--{f.name.replace('_', '-')} of {source}"
+        flag = "--" + f.name.replace("_", "-")
+        # also of nan, which is not below anything
+        too_large = type(value) in (int, float) and not abs(value) <= LARGEST
+        if too_large and not (f.name == "kappa_r" and value == math.inf):
+            raise SetupError(f"{flag}: {value!r:.30} is not a number of at most {LARGEST:g}")
         if float in allowed and type(value) is int:
             value = float(value)
             setattr(cfg, f.name, value)
         if type(value) not in allowed:
-            raise SetupError(f"{flag}: {value!r} is not of type {allowed[0].__name__}")
+            raise SetupError(f"{flag}: {value!r:.30} is not of type {allowed[0].__name__}")
         choices = f.metadata.get("choices")
         if choices and value not in (*choices, f.default):
-            raise SetupError(f"{flag}: {value!r} is not one of {', '.join(choices)}")
-        infinite = type(value) is float and not math.isfinite(value)
-        if infinite and not (f.name == "kappa_r" and value == math.inf):
-            raise SetupError(f"{flag}: {value} is not a finite number")
+            raise SetupError(f"{flag}: {value!r:.30} is not one of {', '.join(choices)}")
 
 
 def resolve(cfg, policy, world_turns):
@@ -309,6 +324,13 @@ def resolve(cfg, policy, world_turns):
     decided = [f"{name} {value}" for name, value in asdict(cfg).items() if before[name] != value]
     if decided:
         print("decided here: " + ", ".join(decided), flush=True)
+
+
+def asked_for(cfg, policy):
+    """What the model that a run leaves asks for in its configuration (support/loading.py)."""
+    names = list(task_names(cfg, policy)) or None
+    settings = {"tasks": names, "lora_lr" if cfg.lora_rank else "lr": cfg.lr}
+    return settings | {name: getattr(cfg, name) for name in ("think", "turns", "max_tokens")}
 
 
 def task_names(cfg, policy):

@@ -39,19 +39,13 @@ def token_weights(turn, episode, average="episode"):
         return torch.full(turn.shape, 1 / len(turn), dtype=torch.float64)
     if average != "episode":
         raise ValueError(f"token_weights: average is 'episode' or 'token', not {average!r}")
-    _, turn, tokens = turn.unique(return_inverse=True, return_counts=True)  # (T,), (N,) |τ_jt|
-    owner = episode.new_zeros(len(tokens)).scatter(0, turn, episode)  # (N,) a turn's episode
-    _, owner, turns = owner.unique(return_inverse=True, return_counts=True)  # (N,), (B,) T_j
-    per_turn = 1 / (len(turns) * turns[owner] * tokens.double())  # (N,)
-    return per_turn[turn]
-
-
-def decayed_weights(weights, index, turns, decay):
-    """EPO-Decay: L_H's weights times a line from 1 + decay at turn 0 to 1 - decay at the last one.
-
-    weights (T,), index (T,): the turn's number in its episode; turns: the limit -> (T,).
-    """
-    return weights * (1 + decay * (1 - 2 * index / max(turns - 1, 1)))
+    # number the turns from 0 and count their tokens, |τ_jt| in Eq. 2
+    _, turn, tokens_of_turn = turn.unique(return_inverse=True, return_counts=True)  # (T,), (N,)
+    # number the episodes from 0 and count their turns, T_j in Eq. 2
+    owner = episode.new_zeros(len(tokens_of_turn)).scatter(0, turn, episode)  # (N,)
+    _, owner, turns_of_episode = owner.unique(return_inverse=True, return_counts=True)  # (N,), (B,)
+    weight = 1 / (len(turns_of_episode) * turns_of_episode[owner] * tokens_of_turn.double())
+    return weight[turn]  # (T,)
 
 
 def group_advantages(returns, group, eps=1e-6):
@@ -67,14 +61,10 @@ def group_advantages(returns, group, eps=1e-6):
     return advantages
 
 
-def shaped_advantages(advantages, entropy, eta, kappa=2.0):
-    """EA (Cheng et al. 2025), for a loss without L_H: A + min(η·H, |A| / κ), no gradient in H."""
-    return advantages + (eta * entropy.detach()).minimum(advantages.abs() / kappa)
-
-
 def policy_loss(logp, old_logp, advantages, weights, clip=0.2):
     """L_MT: minus PPO's clipped objective, one ratio π_θ / π_old per token. (T,) -> scalar"""
     ratio = (logp - old_logp).exp()
+    # at a ratio of 1 this is minus the mean advantage, which is near 0; its gradient is not
     clipped = ratio.clamp(1 - clip, 1 + clip)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     return -(objective * weights).sum()
@@ -86,10 +76,12 @@ def entropy_loss(entropy, weights):
 
 
 def corridor(history_mean, kappa_l, kappa_r):
-    """(κ_l·H̄_W, κ_r·H̄_W) in nats; without a history it has no bounds, κ_r = inf is no cap."""
+    """The floor κ_l·H̄_W and the cap κ_r·H̄_W, in nats; none without a history or with κ = 0, inf."""
     if history_mean is None:
         return -inf, inf
-    return kappa_l * history_mean, inf if kappa_r == inf else kappa_r * history_mean
+    # inf · 0 would be nan
+    cap = inf if kappa_r == inf else kappa_r * history_mean
+    return kappa_l * history_mean, cap
 
 
 def smoothing_loss(entropy, history_mean, weights, kappa_l, kappa_r, alpha, form="hinge"):
@@ -135,24 +127,16 @@ def mean_of_history(entropies, window=None):
 
 def epo_loss(
     *,
-    logp, old_logp,
-    entropy,
-    advantages,
-    weights,
-    history_mean, beta_k,
-    entropy_coef=0.001,
-    kappa_l=0.0, kappa_r=2.0, alpha=0.05,
-    smoothing="hinge",
-    clip=0.2,
-    entropy_weights=None, smoothed_entropy=None,
-    reference_logp=None, kl_coef=0.01,
+    logp, old_logp, entropy, advantages, weights, history_mean, beta_k,
+    entropy_coef=0.001, kappa_l=0.0, kappa_r=2.0, alpha=0.05, smoothing="hinge", clip=0.2,
+    entropy_weights=None, smoothed_entropy=None, reference_logp=None, kl_coef=0.01,
 ):  # fmt: skip
     """Eq. 6, and kl_coef times the KL where there is a reference_logp -> loss, {term: float}.
 
-    Tensors are (T,); history_mean: H̄_W or None; λ = entropy_coef; entropy_weights: L_H's own;
-    smoothed_entropy: what the corridor holds, if it is not each token's entropy.
-    On one token's entropy: ∂L/∂H = -λw(1 + α·β_k) below the floor, -λw inside, -λw(1 - α·β_k)
-    above the cap. Only with α·β_k > 1 does the cap pull entropy back; the paper's α does not.
+    Tensors are (T,). history_mean is H̄_W or None, entropy_coef is λ. entropy_weights are L_H's, if
+    they are not `weights`; smoothed_entropy is what the corridor holds, if it is not `entropy`.
+    A token of weight w has ∂L/∂H = -λw(1 + α·β_k) below the floor, -λw inside, -λw(1 - α·β_k)
+    above the cap. So the cap pulls entropy back only if α·β_k > 1, which the paper's α is not.
     """
     l_mt = policy_loss(logp, old_logp, advantages, weights, clip)
     l_h = entropy_loss(entropy, weights if entropy_weights is None else entropy_weights)
@@ -165,3 +149,16 @@ def epo_loss(
         loss = loss + kl_coef * terms["kl"]
     terms["loss"] = loss
     return loss, {name: value.item() for name, value in terms.items()}
+
+
+def decayed_weights(weights, index, turn_limit, decay):
+    """An ablation, EPO-Decay: L_H weighs 1 + decay in turn 0, falling to 1 - decay in the last.
+
+    weights, index (T,), the turn's number in its episode -> (T,), which need not add up to 1.
+    """
+    return weights * (1 + decay * (1 - 2 * index / max(turn_limit - 1, 1)))
+
+
+def shaped_advantages(advantages, entropy, eta, kappa=2.0):
+    """An ablation, EA (Cheng et al. 2025): A + min(η·H, |A| / κ), where H has no gradient."""
+    return advantages + (eta * entropy.detach()).minimum(advantages.abs() / kappa)

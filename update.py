@@ -144,7 +144,7 @@ def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
         entropy_weights=entropy_weights,
         smoothed_entropy=smoothed_entropy,
         reference_logp=reference_logp,
-        **settings_of(cfg, "epo_loss"),
+        **settings_of(cfg, epo_loss),
     )
     floor, cap = corridor(history_mean, cfg.kappa_l, cfg.kappa_r)
     ratio = (logp - batch.old_logp).exp()

@@ -1,20 +1,36 @@
 """What a run tells people: the lines on the screen, transcripts, and the numbers of a whole run."""
 
+import itertools
 import math
 import os
 import statistics
+import sys
 
 from tqdm import tqdm
 
-from support.run_folder import write_json, write_whole
+from support.run_folder import read_log, write_json, write_whole
 
 # bins of the token entropies of a step, in nats, finer near 0; the last one has no upper end
 ENTROPY_EDGES = [12 * (i / 32) ** 2 for i in range(33)]
 
 
 def progress(title, total):
-    """A progress bar within a step, for terminals only."""
-    return tqdm(desc=title, total=total, leave=False, disable=None)
+    """A progress bar within a step; where there is no terminal, a line a minute."""
+    if sys.stderr.isatty():
+        return tqdm(desc=title, total=total, leave=False)
+    never = {"maxinterval": math.inf, "miniters": 0}
+    return Lines(desc=title, total=total, leave=False, mininterval=60, delay=60, **never)
+
+
+class Lines(tqdm):
+    """A progress bar as lines of a text."""
+
+    def display(self, msg=None, pos=None):
+        # an empty message is to erase the bar
+        if msg is None:
+            seconds = f"{self.format_dict['elapsed']:.0f} s"
+            parts = [f"  {self.desc.rstrip(': ')}: {self.n} of {self.total}", self.postfix, seconds]
+            print(", ".join(filter(None, parts)), flush=True)
 
 
 def print_header(cfg, policy, train_tasks):
@@ -26,6 +42,30 @@ def print_header(cfg, policy, train_tasks):
         f"on {policy.model.device.type}; writing to {cfg.out}",
         flush=True,
     )
+    if cfg.model == "tiny" and policy.model.device.type == "cuda":
+        print(
+            "a real model: python train.py "
+            f"--env {cfg.env} --model Qwen/Qwen2.5-1.5B-Instruct --lora-rank 32",
+            flush=True,
+        )
+
+
+def print_step(cfg, row):
+    """The line of a step; and what to do if no episode wins, at first and after three such steps.
+
+    The steps must follow each other, and there must have been no reward in them.
+    """
+    print(line(row), flush=True)
+    rewards = [row["reward"] for row in read_log(cfg.out) if "reward" in row]
+    without = list(itertools.takewhile(lambda reward: not reward, reversed(rewards)))
+    if "reward" in row and len(without) in (1, 3):
+        # only a chat model has that setting
+        model = f" --model {cfg.model} --out models/warm" if cfg.think else ""
+        print(
+            "  no episode won: advantages come from penalties alone; warm-start with "
+            f"python -m tools.warmstart --env {cfg.env}{model}",
+            flush=True,
+        )
 
 
 def line(row):
@@ -63,7 +103,7 @@ def summary(rows, last):
     the mean of the `last` last ones, for iid and ood; "iid NAME" is that mean of a task type.
     jump: std of the changes of H̄_k; highest: its maximum, nats.
     """
-    entropy = [row["entropy"] for row in rows if "entropy" in row]
+    entropy = [row["entropy"] for row in rows if row.get("entropy") is not None]
     changes = [b - a for a, b in zip(entropy, entropy[1:], strict=False)]
     numbers = {"jump": statistics.pstdev(changes) if changes else 0.0}
     numbers["highest"] = max(entropy, default=0.0)
@@ -76,10 +116,22 @@ def summary(rows, last):
         numbers[f"{split}_last"] = statistics.mean(success[-last:]) if success else None
         by_task = {}
         for row in evaluations[-last:]:
-            for name, value in row[f"{split}_by_task"].items():
-                by_task.setdefault(name, []).append(value)
+            of_row = row.get(f"{split}_by_task", {})
+            for name in (name for name in of_row if of_row[name] is not None):
+                by_task.setdefault(name, []).append(of_row[name])
         numbers |= {f"{split} {name}": statistics.mean(v) for name, v in by_task.items()}
     return numbers
+
+
+def print_success(row):
+    """An evaluation by task type, for --evaluate."""
+    number = lambda value: "   lost" if value is None else f"{value:7.3f}"
+    line = lambda name, values: f"{name:32}" + "".join(map(number, values))
+    by_task = [row["iid_by_task"], row["ood_by_task"]]
+    print(f"{'success':32}    IID    OOD")
+    for name in sorted({name for split in by_task for name in split}):
+        print(line(name, [split.get(name, math.nan) for split in by_task]))
+    print(line("all", [row["iid_success"], row["ood_success"]]))
 
 
 def two_digits(success):
