@@ -31,21 +31,20 @@ def token_logp_and_entropy(logits, tokens, temperature=1.0):
 def token_weights(turn, episode, average="episode"):
     """The weight of each token in the averages below: (T,) in float64, adding up to 1.
 
-    turn, episode (T,): which turn and which episode a token is of; any integers.
-    "episode" is Eq. 2: the mean over tokens of a turn, then turns of an episode, then episodes.
-    "token" is the flat mean (the published code's). Raises ValueError for any other average.
+    turn, episode (T,): which turn and episode a token is of. "episode" is Eq. 2: the mean over the
+    tokens of a turn, then the turns of an episode, then the episodes. "token" is the flat mean.
     """
     if average == "token":
         return torch.full(turn.shape, 1 / len(turn), dtype=torch.float64)
     if average != "episode":
         raise ValueError(f"token_weights: average is 'episode' or 'token', not {average!r}")
-    # number the turns from 0 and count their tokens, |τ_jt| in Eq. 2
-    _, turn, tokens_of_turn = turn.unique(return_inverse=True, return_counts=True)  # (T,), (N,)
-    # number the episodes from 0 and count their turns, T_j in Eq. 2
-    owner = episode.new_zeros(len(tokens_of_turn)).scatter(0, turn, episode)  # (N,)
-    _, owner, turns_of_episode = owner.unique(return_inverse=True, return_counts=True)  # (N,), (B,)
-    weight = 1 / (len(turns_of_episode) * turns_of_episode[owner] * tokens_of_turn.double())
-    return weight[turn]  # (T,)
+    # the turns numbered from 0, and how many tokens each has, |τ_jt| in Eq. 2
+    _, turn, tokens_of = turn.unique(return_inverse=True, return_counts=True)  # (T,), (N,)
+    owner = episode.new_zeros(len(tokens_of)).scatter(0, turn, episode)  # (N,)
+    # the episode of each turn, numbered from 0, and how many turns it has, T_j in Eq. 2
+    _, owner, turns_of = owner.unique(return_inverse=True, return_counts=True)  # (N,), (B,)
+    weight = 1 / (len(turns_of) * turns_of[owner] * tokens_of.double())  # (N,)
+    return weight[turn]
 
 
 def group_advantages(returns, group, eps=1e-6):
@@ -76,7 +75,7 @@ def entropy_loss(entropy, weights):
 
 
 def corridor(history_mean, kappa_l, kappa_r):
-    """The floor κ_l·H̄_W and the cap κ_r·H̄_W, in nats; none without a history or with κ = 0, inf."""
+    """The floor κ_l·H̄_W and the cap κ_r·H̄_W, in nats; κ_l = 0 is no floor, κ_r = inf no cap."""
     if history_mean is None:
         return -inf, inf
     # inf · 0 would be nan
@@ -92,10 +91,8 @@ def smoothing_loss(entropy, history_mean, weights, kappa_l, kappa_r, alpha, form
     outside. It is piecewise constant, so its gradient is exactly zero: it changes the loss that is
     printed and nothing else. Raises ValueError unless 0 <= κ_l <= κ_r, α >= 0 and form is known.
     """
-    if not 0 <= kappa_l <= kappa_r:
-        raise ValueError(f"need 0 <= kappa_l <= kappa_r, not {kappa_l} and {kappa_r}")
-    if not alpha >= 0:
-        raise ValueError(f"alpha must not be negative, not {alpha}")
+    if not (0 <= kappa_l <= kappa_r and alpha >= 0):
+        raise ValueError(f"need 0 <= kappa_l <= kappa_r, alpha >= 0: {kappa_l}, {kappa_r}, {alpha}")
     if form not in ("hinge", "indicator", "off"):
         raise ValueError(f"smoothing_loss: form is 'hinge', 'indicator' or 'off', not {form!r}")
     if history_mean is None or form == "off":
@@ -127,9 +124,16 @@ def mean_of_history(entropies, window=None):
 
 def epo_loss(
     *,
-    logp, old_logp, entropy, advantages, weights, history_mean, beta_k,
-    entropy_coef=0.001, kappa_l=0.0, kappa_r=2.0, alpha=0.05, smoothing="hinge", clip=0.2,
-    entropy_weights=None, smoothed_entropy=None, reference_logp=None, kl_coef=0.01,
+    logp, old_logp,
+    entropy,
+    advantages,
+    weights,
+    history_mean, beta_k,
+    entropy_coef=0.001,
+    kappa_l=0.0, kappa_r=2.0, alpha=0.05,
+    smoothing="hinge", clip=0.2,
+    entropy_weights=None, smoothed_entropy=None,
+    reference_logp=None, kl_coef=0.01,
 ):  # fmt: skip
     """Eq. 6, and kl_coef times the KL where there is a reference_logp -> loss, {term: float}.
 
@@ -152,10 +156,7 @@ def epo_loss(
 
 
 def decayed_weights(weights, index, turn_limit, decay):
-    """An ablation, EPO-Decay: L_H weighs 1 + decay in turn 0, falling to 1 - decay in the last.
-
-    weights, index (T,), the turn's number in its episode -> (T,), which need not add up to 1.
-    """
+    """EPO-Decay, an ablation: L_H's weights, 1 + decay at turn 0 down to 1 - decay at the last."""
     return weights * (1 + decay * (1 - 2 * index / max(turn_limit - 1, 1)))
 
 
