@@ -132,13 +132,13 @@ def epo_loss(
     entropy_coef=0.001,
     kappa_l=0.0, kappa_r=2.0, alpha=0.05,
     smoothing="hinge", clip=0.2,
-    entropy_weights=None, smoothed_entropy=None,
+    entropy_weights=None,
+    smoothed_entropy=None,
     reference_logp=None, kl_coef=0.01,
 ):  # fmt: skip
     """Eq. 6, and kl_coef times the KL where there is a reference_logp -> loss, {term: float}.
 
-    Tensors are (T,). history_mean is H̄_W or None, entropy_coef is λ. entropy_weights are L_H's, if
-    they are not `weights`; smoothed_entropy is what the corridor holds, if it is not `entropy`.
+    Tensors are (T,), entropy_coef is λ. L_H has weights of its own where entropy_weights are given.
     A token of weight w has ∂L/∂H = -λw(1 + α·β_k) below the floor, -λw inside, -λw(1 - α·β_k)
     above the cap. So the cap pulls entropy back only if α·β_k > 1, which the paper's α is not.
     """
