@@ -68,9 +68,10 @@ def test_a_mean_has_its_standard_error():
     assert sweep.spread([None]) == "–"
 
 
-def finished_run(folder, task, **settings):
+def finished_run(folder, task, env="scienceworld", **settings):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"steps": 1, **settings}))
+    config = {"env": env, "model": "tiny", "algo": "grpo", "steps": 1, **settings}
+    (folder / "config.json").write_text(json.dumps(config))
     rows = [{"step": 0, "entropy": 0.5, **evaluation(0.5, 0.25, task)}]
     rows.append({"step": 1, **evaluation(0.5, 0.25, task)})
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -95,18 +96,8 @@ def test_presets_of_different_worlds_have_one_table(tmp_path, sweep_here):
 )
 def test_finished_runs_of_other_settings_are_refused(flags, tmp_path, sweep_here):
     saved = {"lr": 0.002, "window": None, "tasks": None, "max_tokens": None, "games": "real"}
-    finished_run(tmp_path / "tiny-grpo-plain-seed0", "a", **saved)
-    command = (
-        "tiny-grpo-plain",
-        "--seeds",
-        1,
-        "--out",
-        tmp_path,
-        "--steps",
-        1,
-        "--env",
-        "alfworld",
-    )
+    finished_run(tmp_path / "tiny-grpo-plain-seed0", "a", "alfworld", **saved)
+    command = f"tiny-grpo-plain --seeds 1 --out {tmp_path} --steps 1 --env alfworld".split()
     status, *_ = sweep_here(*command, "--lr", "2e-3")
     assert status == 0
     status, out, err = sweep_here(*command, *flags.split())

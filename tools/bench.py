@@ -14,6 +14,7 @@ import sys
 
 import torch
 
+from support import forward
 from support.run_folder import SetupError, one_line, write_json
 from tools.bench_models import loss, loss_once, memory, memory_once, model_once, models, step
 from tools.bench_worlds import alfworld, environment, rollout
@@ -49,6 +50,8 @@ def main():
     args = parser.parse_args()
     if args.once:
         function, arguments = args.once
+        # as on a GPU; the memory model is for these
+        forward.RECOMPUTE_ABOVE = 0
         return print(json.dumps(ONCE[function](*json.loads(arguments))))
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"unknown part {unknown[0]!r}; there are: {', '.join(PARTS)}")

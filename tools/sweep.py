@@ -29,7 +29,7 @@ from transformers import AutoConfig
 from config import PRESETS, Config, check, parse_flags, resolve
 from envs import world_class
 from rollout import Policy
-from support.loading import MADE_FOR, ROOT
+from support.loading import ROOT, made_for
 from support.report import summary
 from support.run_folder import SetupError, is_new, read_config, read_log
 
@@ -72,14 +72,14 @@ def refuse_other_settings(cfg, saved):
     """Raises SetupError unless the run that is saved in cfg.out has the settings of cfg."""
     model = os.path.join(ROOT, "models", cfg.env) if cfg.model == "tiny" else cfg.model
     try:
-        model_config = AutoConfig.from_pretrained(model)
+        model_config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SetupError(f"model {cfg.model!r} cannot be loaded; see --model") from error
     compact = getattr(model_config, "prompt", "chat") == "compact"
-    made_for = {name: getattr(model_config, name, None) for name in MADE_FOR}
     before = asdict(cfg)
     with redirect_stdout(None):
-        resolve(cfg, Policy(None, None, [], compact, made_for), world_class(cfg.env).turns)
+        policy = Policy(None, None, [], compact, made_for(model_config))
+        resolve(cfg, policy, world_class(cfg.env).turns)
     for name, value in asdict(cfg).items():
         # earlier versions did not have every setting, and did not save all that was decided
         unknown = name not in saved or (before[name] is None and saved[name] is None)
