@@ -1,4 +1,4 @@
-# Two commands, train and test. Each makes a virtual environment first if there is none.
+# Commands: train, test and lesson. Each makes a virtual environment first if there is none.
 PYTHON ?= python3
 VENV ?= .venv
 REQUIREMENTS ?= requirements.txt
@@ -10,6 +10,10 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+## opens docs/lesson.ipynb in a browser; "Run All" in its menu "Run" runs it
+lesson: $(VENV)/lesson
+	$(VENV)/bin/jupyter lab docs/lesson.ipynb $(ARGS)
 
 lint: $(VENV)/bin/ruff
 	$(VENV)/bin/ruff check .
@@ -31,7 +35,12 @@ figures: $(VENV)/installed
 
 $(VENV)/installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
+	touch $@
+
+$(VENV)/lesson: requirements-lesson.txt requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-lesson.txt
 	touch $@
 
 $(VENV)/bin/ruff: requirements-lint.txt
@@ -39,4 +48,4 @@ $(VENV)/bin/ruff: requirements-lint.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-lint.txt
 	touch $@
 
-.PHONY: train test lint figures
+.PHONY: train test lesson lint figures

@@ -117,7 +117,11 @@ class Config:
     eval_episodes: int = option(36, "episodes per evaluation on each of IID and OOD")
     eval_temperature: float = option(0.4, "sampling temperature of evaluations")
     seed: int = option(0, "seed of every random choice")
-    device: str = option("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto",
+        "auto: cuda if there is such a GPU, else cpu; mps: Apple's, untested",
+        choices=("auto", "cpu", "cuda", "mps"),
+    )
     out: str | None = option(None, "run folder; else runs/ENV")
     resume: bool = option(False, "continue the run in --out from its checkpoint")
     evaluate: str | None = option(None, "a run's checkpoint.pt: print its success, train nothing")
@@ -241,8 +245,8 @@ NOT_NEGATIVE = "lr critic_lr lora_rank entropy_coef kl_coef weight_decay invalid
 SHARES = ("discount", "gae_lambda", "entropy_decay", "warmup", "min_lr")
 BOUNDS = {name: (0, 1) for name in SHARES}
 BOUNDS |= {name: (0, math.inf) for name in NOT_NEGATIVE.split()}
-# colder than that, float32 cannot hold the logits
-BOUNDS |= {"temperature": (0.01, 100), "eval_temperature": (0.01, 100)}
+# colder than that, float32 cannot hold the KL, or the logits
+BOUNDS |= {"temperature": (0.05, 100), "eval_temperature": (0.01, 100)}
 # no layer is wider; torch's seeds stay in range
 BOUNDS |= {"lora_rank": (0, 10**5), "seed": (0, 10**12 - 1)}
 MOST_EPISODES = 10**6
@@ -275,8 +279,8 @@ def check(cfg):
         raise SetupError("--discount and --gae-lambda are for --algo ppo: GRPO has no critic")
     if episodes % cfg.minibatches:
         raise SetupError(f"--minibatches {cfg.minibatches} doesn't divide the {episodes} episodes")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise SetupError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    if cfg.device != "auto" and not torch.get_device_module(cfg.device).is_available():
+        raise SetupError(f"--device {cfg.device}: PyTorch sees no such GPU here; use --device cpu")
     try:
         beta(0, cfg.steps, cfg.gamma)
         smoothing_loss(torch.zeros(1), 0.0, torch.ones(1), cfg.kappa_l, cfg.kappa_r, cfg.alpha)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from support.run_folder import SetupError
+from worlds import chat
 from worlds.alfworld import Workers, find_games, list_games
 from worlds.alfworld_generate import SIZES
 from worlds.compact import alfworld_prompt, scienceworld_prompt
@@ -22,10 +23,6 @@ from worlds.scienceworld import (
     known_simplifications,
 )
 
-REPLY_FORM = (
-    "First reason about the next step in <think>…</think>, then write exactly one action in "
-    "<action>…</action>."
-)
 NOT_AN_ACTION = "That was not a valid action: nothing happens."
 
 
@@ -89,7 +86,7 @@ class World:
 
     # the default turn limit; it counts the agent's turns
     turns = 30
-    # the head of the chat prompt, the same for every turn
+    # the system message of chat models, the same for every turn
     chat_rules = ""
     chat_objects = "You can refer to"
 
@@ -148,17 +145,16 @@ class World:
     def __exit__(self, *_):
         self.close()
 
-    def chat_prompt(self, past, now):
-        """For instruction-tuned models: the rules, the last two turns (as the paper), and now."""
-        parts = [self.chat_rules, "", f"Task: {now.goal}", f"Turns taken so far: {len(past)}"]
-        for before, action in past[-2:]:
-            parts.append(f"Earlier observation: {before.reply.strip()}")
-            parts.append(f"Your action then: {action or '(none that was valid)'}")
-        parts += ["", f"Observation now: {now.reply.strip()}"]
-        parts += [now.look.strip(), now.inventory.strip()]
-        if now.objects:
-            parts.append(f"{self.chat_objects}: {', '.join(now.objects)}")
-        return "\n".join([*parts, "", REPLY_FORM])
+    def chat_prompt(self, past, now, think=True):
+        """The messages for an instruction-tuned model: the rules, and what is seen now.
+
+        think: it reasons first. Else it writes the action alone, and reads what the tiny ones do.
+        """
+        if think:
+            state = chat.long_state(past, now, self.chat_objects)
+        else:
+            state = self.compact_prompt(past, now)
+        return chat.messages(self.chat_rules, state, past, think)
 
     @staticmethod
     def parse_chat(text):
@@ -360,11 +356,6 @@ class ALFWorld(World):
             inventory = "You are not carrying anything."
         outcome = {"score": 100 * won, "done": won, "success": won}
         return Observation(before.goal, reply, before.look, inventory, commands, **outcome)
-
-    def chat_prompt(self, past, now):
-        """`help` is admissible, but of no use."""
-        useful = tuple(command for command in now.objects if command != "help")
-        return super().chat_prompt(past, replace(now, objects=useful))
 
     def compact_prompt(self, past, now):
         return alfworld_prompt(past, now)

@@ -13,6 +13,7 @@ import torch
 
 from epo import token_logp_and_entropy
 from support.forward import last_hidden, next_logits, precision, read_prompts
+from worlds.chat import templated
 
 # a chat model's response ends here
 ACTION_END = "</action>"
@@ -54,10 +55,10 @@ class Policy:
     """A causal language model with what it takes to play; support/loading.py makes one.
 
     end: the tokens that end a turn. compact: it reads World.compact_prompt and writes the bare
-    action; else World.chat_prompt through the chat template. made_for: settings that the model's
-    own configuration asks for. reference: a frozen copy of the policy as it was, for the KL; None
-    with LoRA, where the model without its adapter is the reference policy. tokens_per_batch: the
-    most that are read in a forward pass.
+    action; else World.chat_prompt, where think: it reasons first. system_role: its template has
+    one. made_for: settings that its own configuration asks for. reference: a frozen copy of the
+    policy as it was, for the KL; None with LoRA, where the model without its adapter is it.
+    tokens_per_batch: the most that are read in a forward pass.
     """
 
     model: torch.nn.Module
@@ -67,15 +68,15 @@ class Policy:
     made_for: dict = field(default_factory=dict)
     reference: torch.nn.Module | None = None
     tokens_per_batch: int = 16384
+    think: bool = True
+    system_role: bool = True
 
     def prompt(self, world, past, now):
         """The text of a turn's prompt. past: (Observation, action) of the turns before."""
         if self.compact:
             return world.compact_prompt(past, now)
-        messages = [{"role": "user", "content": world.chat_prompt(past, now)}]
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
+        messages = world.chat_prompt(past, now, self.think)
+        return templated(self.tokenizer, messages, self.system_role)
 
     def encode(self, text):
         """A prompt as token ids. A chat template has put the special tokens there already."""
@@ -112,33 +113,37 @@ def generate(policy, prompts, temperature, max_tokens, generator=None):
     """
     model = policy.model.eval()
     responses = [([], [], []) for _ in prompts]
-    active = torch.arange(len(prompts), device=model.device)
+    active = torch.arange(len(prompts))
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     # the row of each active response
-    row = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=model.device)
-    logits, cache, mask, position = read_prompts(model, list(number), policy.tokens_per_batch)
-    while True:
-        p = (logits.float() / temperature).softmax(-1)
-        token = p[row].multinomial(1, generator=generator)[:, 0]  # (n,)
-        logp, entropy = token_logp_and_entropy(logits[row], token, temperature)
-        columns = (active.tolist(), token.tolist(), logp.tolist(), entropy.tolist())
-        for i, *values in zip(*columns, strict=True):
-            for column, value in zip(responses[i], values, strict=True):
-                column.append(value)
-        unfinished = policy.unfinished(token, [responses[i][0] for i in columns[0]])
-        if not unfinished.any() or len(responses[columns[0][0]][0]) == max_tokens:
-            return responses
-        # the rows that go on: the old row and the token after it, each pair once
-        active = active[unfinished]
-        pairs = torch.stack([row, token], 1)[unfinished]
-        pairs, row = pairs.unique(dim=0, return_inverse=True)
-        old_row, token = pairs[:, 0], pairs[:, 1:]
-        if not torch.equal(old_row, torch.arange(len(mask), device=model.device)):
-            cache.batch_select_indices(old_row)
-            mask, position = mask[old_row], position[old_row]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        position = position + 1
-        logits = next_logits(model, token, mask, position, cache)
+    row = torch.tensor([number[tuple(prompt)] for prompt in prompts])
+    # around the whole loop, so that bfloat16 copies of weights are not made for every token anew
+    with precision(model):
+        logits, cache, mask, position = read_prompts(model, list(number), policy.tokens_per_batch)
+        while True:
+            p = (logits.float() / temperature).softmax(-1)
+            token = p[row].multinomial(1, generator=generator)[:, 0]  # (n,)
+            logp, entropy = token_logp_and_entropy(logits[row], token, temperature)
+            token = token.cpu()
+            columns = (active.tolist(), token.tolist(), logp.tolist(), entropy.tolist())
+            for i, *values in zip(*columns, strict=True):
+                for column, value in zip(responses[i], values, strict=True):
+                    column.append(value)
+            unfinished = policy.unfinished(token, [responses[i][0] for i in columns[0]])
+            if not unfinished.any() or len(responses[columns[0][0]][0]) == max_tokens:
+                return responses
+            # the rows that go on: the old row and the token after it, each pair once
+            active = active[unfinished]
+            pairs = torch.stack([row, token], 1)[unfinished]
+            pairs, row = pairs.unique(dim=0, return_inverse=True)
+            old_row, token = pairs[:, 0], pairs[:, 1:]
+            if not torch.equal(old_row, torch.arange(len(mask))):
+                old_row = old_row.to(model.device)
+                cache.batch_select_indices(old_row)
+                mask, position = mask[old_row], position[old_row]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            position = position + 1
+            logits = next_logits(model, token.to(model.device), mask, position, cache)
 
 
 def response_states(model, turns):

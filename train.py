@@ -19,14 +19,14 @@ import time
 
 import torch
 
-from config import parse, resolve, settings_of, task_names
+from config import asked_for, parse, resolve, settings_of, task_names
 from critic import gae, update_critic
 from envs import make_world
 from epo import beta, corridor, entropy_loss, group_advantages, mean_of_history
 from rollout import collect
 from support import report, run_folder
 from support.learner import begin_or_resume, make_learner, make_schedules, save
-from support.loading import choose_device, load_policy, trained
+from support.loading import choose_device, load_policy, save_model, trained
 from support.report import progress
 from support.run_folder import SetupError
 from update import make_batch, token_metrics, update
@@ -34,7 +34,7 @@ from update import make_batch, token_metrics, update
 
 def train(cfg):
     """Run Algorithm 1 from step 0, or from the checkpoint of the run in cfg.out."""
-    # LoRA's adapters are random at first
+    # LoRA's adapters begin at random
     torch.manual_seed(cfg.seed)
     device, dtype = choose_device(cfg.device, cfg.dtype)
     policy = load_policy(cfg.model, cfg.env, device, dtype, cfg.lora_rank)
@@ -60,7 +60,8 @@ def train(cfg):
                 row["seconds"] = time.perf_counter() - begin
                 run_folder.append_row(cfg.out, row)
                 save(cfg, learner, step + 1)
-                print(report.line(row), flush=True)
+                report.print_step(cfg, row)
+            save_model(policy, asked_for(cfg, policy), os.path.join(cfg.out, "model"))
     print(report.last_line(run_folder.read_log(cfg.out)))
 
 
@@ -83,7 +84,7 @@ def rl_step(world, learner, train_tasks, schedules, cfg, step):
         advantages, targets = ppo_advantages(values, returns.float(), owner, cfg)
     advantages = advantages - invalid_penalties(turns, cfg)
 
-    # update, with β_k and the history of the steps before
+    # update, with β_k and the history of the steps before; update.py calls epo_loss
     beta_k = beta(step, cfg.steps, cfg.gamma) if cfg.dynamic_weight == "on" else 1.0
     history_mean = mean_of_history(learner.history, cfg.window)
     batch = make_batch(turns, owner, advantages, cfg)
@@ -97,7 +98,7 @@ def rl_step(world, learner, train_tasks, schedules, cfg, step):
         schedule.step()
     seconds["train"] = time.perf_counter() - begin
 
-    # append H̄_k: Eq. 2's average of the batch, under the policy that wrote it
+    # append H̄_k: the average entropy of the batch, under the policy that wrote it
     entropy = entropy_loss(batch.entropy, batch.weights).item()
     learner.history.append(entropy)
     bounds = corridor(history_mean, cfg.kappa_l, cfg.kappa_r)
@@ -117,12 +118,12 @@ def rl_step(world, learner, train_tasks, schedules, cfg, step):
 
 
 def seed_of(cfg, step, purpose):
-    """A seed of its own for each use of chance."""
+    """Each use of chance in a step has its own seed."""
     return random.Random(f"{cfg.seed} {step} {purpose}").getrandbits(63)
 
 
 def draw(tasks, n, seed):
-    """n tasks: the types in turn, a random variation of each, not twice while there are more."""
+    """n tasks: the task types one after the other, each with a variation that is not yet drawn."""
     rng, by_type = random.Random(seed), {}
     for task in tasks:
         by_type.setdefault(task.name, []).append(task)
@@ -167,26 +168,29 @@ def episode_returns(episodes, cfg):
 
 
 def invalid_penalties(turns, cfg):
-    """What a turn without a valid action costs it (N,), beside its normalised advantage.
+    """What each turn loses of its advantage if it has no valid action (N,).
 
-    As a part of the return it would be normalised too: where all of a group fail, the division by
-    the standard deviation makes 0.01 a full-size advantage, and the first to die has the best one.
+    The paper takes this penalty from the return, before GRPO divides by the standard deviation. In
+    a group in which all fail, the penalty is then the only difference, so 0.01 grows to a full
+    advantage. The best one goes to the shortest episode, which failed first.
     """
     return cfg.invalid_penalty * torch.tensor([float(turn.invalid) for turn in turns])
 
 
 def grpo_advantages(episodes, tasks, returns, cfg):
     """GRPO's advantage of each episode (B,): its return against those of its group."""
+    # a group is the episodes of one task
     numbers = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
     group = torch.tensor([numbers[episode.task] for episode in episodes])
-    return group_advantages(returns, group, **settings_of(cfg, "group_advantages")).float()
+    return group_advantages(returns, group, **settings_of(cfg, group_advantages)).float()
 
 
 def ppo_advantages(values, returns, owner, cfg):
     """PPO's advantage of each turn (N,), normalised over the batch, and the critic's targets (N,).
 
-    A turn has its share of Eq. 2's average here too: long episodes must not count for more.
+    Each episode has the same share of the mean and the standard deviation, as it has in Eq. 2.
     """
+    # True at the last turn of an episode
     last = torch.cat([owner[1:] != owner[:-1], torch.tensor([True])])
     rewards = torch.zeros_like(values)
     rewards[last] = returns
@@ -225,14 +229,17 @@ def episode_metrics(episodes, turn_limit):
 
 
 def corridor_metrics(row, losses, cfg):
-    """The corridor as the step used it, and 1 - α·β_k (1 where no hinge is in the loss)."""
+    """The corridor as the step used it, and the share of tokens outside it.
+
+    net_above_cap is 1 - α·β_k, which is positive where the loss still rewards more entropy.
+    """
     floor, cap = corridor(row["history_mean"], cfg.kappa_l, cfg.kappa_r)
     hinge = cfg.smoothing == "hinge" and cfg.entropy_coef > 0 and row["history_mean"] is not None
     return {
         "corridor_low": floor if math.isfinite(floor) else None,
         "corridor_high": cap if math.isfinite(cap) else None,
         "outside": losses["below"] + losses["above"],
-        "net_above_cap": 1 - cfg.alpha * row["beta"] * hinge,
+        "net_above_cap": 1 - cfg.alpha * row["beta"] if hinge else 1.0,
     }
 
 
@@ -254,6 +261,7 @@ def evaluate(world, policy, tasks, cfg, step):
         row[f"{split}_success"] = mean(episode.success for episode in episodes)
         row[f"{split}_by_task"] = {name: mean(values) for name, values in by_task.items()}
         row[f"{split}_lost"] = lost
+        row[f"{split}_invalid"] = mean(turn.invalid for e in episodes for turn in e.turns)
         texts += [f"[{split}] {report.transcript(episode)}" for episode in episodes[:2]]
     if cfg.evaluate is None:
         report.save_transcripts(cfg.out, step, texts)
@@ -264,15 +272,8 @@ def evaluate_checkpoint(cfg, policy, world, eval_tasks):
     """--evaluate: print the success of a saved policy by task type."""
     saved = run_folder.load_checkpoint(cfg.evaluate)
     run_folder.restore(trained(policy.model), saved["model"])
-    row = evaluate(world, policy, eval_tasks, cfg, saved["step"] - 1)
-    splits = ("iid", "ood")
-    number = lambda value: "   lost" if value is None else f"{value:7.3f}"
-    line = lambda name, values: f"{name:32}" + "".join(map(number, values))
-    names = sorted({name for split in splits for name in row[f"{split}_by_task"]})
-    print(f"{'success':32}    IID    OOD")
-    for name in names:
-        print(line(name, [row[f"{split}_by_task"].get(name, math.nan) for split in splits]))
-    print(line("all", [row[f"{split}_success"] for split in splits]))
+    # saved["step"] is the first step that is still to do
+    report.print_success(evaluate(world, policy, eval_tasks, cfg, saved["step"] - 1))
 
 
 def main():

@@ -94,6 +94,9 @@ def add_gradient(policy, turns, batch, history_mean, beta_k, cfg):
     reference_states = policy.reference_states(turns) if cfg.kl_coef else None
     hidden = response_states(policy.model, turns)  # (T, d)
     states = hidden.detach().requires_grad_()
+    # as exact as the log-probs will be; not every device has float64
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    batch = replace(batch, weights=batch.weights.to(exact))
     at_once = max(LOGITS_AT_ONCE // len(policy.model.get_output_embeddings().weight), 1)
     total = {}
     for rows in torch.arange(len(batch.tokens)).split(at_once):
@@ -125,7 +128,7 @@ def turn_entropy(entropy, turn):
 
 def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
     """Eq. 6 of a batch, with the paper's ablations where they are on. -> loss, its terms"""
-    weights, advantages = batch.weights.to(logp.dtype), batch.advantages
+    weights, advantages = batch.weights, batch.advantages
     entropy_weights, smoothed_entropy = None, None
     if cfg.shaping:
         advantages = shaped_advantages(advantages, entropy, cfg.shaping)
@@ -177,5 +180,6 @@ def stop_before_the_update(cfg, turns, batch, loss, norm):
     save_tensors(os.path.join(cfg.out, "bad-batch.pt"), state)
     raise SetupError(
         f"the loss or its gradient is not finite (loss {loss}, gradient norm {norm}); the last "
-        "checkpoint is untouched, the batch is in bad-batch.pt: lower --lr or --entropy-coef"
+        "checkpoint is untouched, the batch is in bad-batch.pt: begin a run with a lower --lr, "
+        "--entropy-coef or --kl-coef, or a higher --temperature"
     )

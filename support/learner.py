@@ -12,7 +12,7 @@ from critic import Critic
 from rollout import Policy
 from support import run_folder
 from support.loading import trained
-from support.run_folder import ANOTHER, SetupError
+from support.run_folder import ANOTHER, SetupError, damaged, one_line
 
 
 @dataclass
@@ -76,11 +76,21 @@ def begin_or_resume(cfg, learner, eval_tasks):
         run_folder.rewind(cfg.out, 0)
         return 0
     saved = run_folder.load_checkpoint(path)
+    if ("critic" in saved) != (cfg.algo == "ppo"):
+        raise damaged(path, f"it is not of --algo {cfg.algo}, which config.json names")
+    try:
+        restore(learner, saved)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
+    run_folder.rewind(cfg.out, saved["step"])
+    return saved["step"]
+
+
+def restore(learner, saved):
+    """Put a checkpoint's values into all that learns."""
     run_folder.restore(trained(learner.policy.model), saved["model"])
     learner.optimizer.load_state_dict(saved["optimizer"])
-    learner.history = list(saved["history"])
+    learner.history = list(map(float, saved["history"]))
     if learner.critic is not None:
         run_folder.restore(learner.critic.trained(), saved["critic"])
         learner.critic_optimizer.load_state_dict(saved["critic_optimizer"])
-    run_folder.rewind(cfg.out, saved["step"])
-    return saved["step"]

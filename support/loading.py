@@ -24,7 +24,7 @@ MADE_FOR = ("think", "tasks", "turns", "lr", "lora_lr", "max_tokens")
 
 
 def choose_device(device, dtype):
-    """ "auto" made definite: the GPU if there is one; bfloat16 products on it. -> device, dtype
+    """ "auto" made definite: a CUDA GPU if there is one; bfloat16 products on it. -> device, dtype
 
     Raises SetupError for bfloat16 on a GPU that does not have it.
     """
@@ -142,6 +142,10 @@ def add_lora(model, adapter, rank):
         model.add_adapter(config, adapter)
     for p in trained(model, adapter).values():
         p.data = p.data.float()
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            # peft makes inputs float32 and autocast makes them bfloat16 again, to the same numbers
+            module.cast_input_dtype_enabled = False
 
 
 def merged_weights(model):

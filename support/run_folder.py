@@ -63,10 +63,14 @@ def locked(folder):
     with open(os.path.join(folder, "lock"), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             message = f"another process is writing to {folder}; wait for it, or use another --out"
             raise SetupError(message) from error
         yield
+
+
+# of every version's config.json
+ALWAYS = {"env": str, "model": str, "algo": str, "steps": int}
 
 
 def read_config(folder):
@@ -81,13 +85,16 @@ def read_config(folder):
         raise damaged(path, one_line(error)) from error
     if not isinstance(config, dict):
         raise damaged(path, "not a JSON object")
+    for name, kind in ALWAYS.items():
+        if type(config.get(name)) is not kind:
+            raise damaged(path, f"its {name} is missing, or not of type {kind.__name__}")
     return config
 
 
 def read_log(folder):
     """The rows of log.jsonl -> list of dicts, [] if there is none; half a last row is left out.
 
-    Raises SetupError unless row i is an object with step i.
+    Raises SetupError unless row i is an object with step i, and all its values are numbers.
     """
     path = os.path.join(folder, "log.jsonl")
     try:
@@ -105,8 +112,27 @@ def read_log(folder):
             raise damaged(path, f"line {number + 1} is not JSON") from error
         if not isinstance(row, dict) or row.get("step") != number:
             raise damaged(path, f"line {number + 1} is not the row of step {number}")
+        for name, value in row.items():
+            if not is_metric(name, value):
+                raise damaged(path, f"line {number + 1}: {name!r:.30} is not what a run writes")
         rows.append(row)
     return rows
+
+
+# metrics of several numbers, by the end of their names
+SEVERAL = {"by_task": dict, "by_turn": list, "histogram": list}
+
+
+def is_metric(name, value):
+    """True for what a row can hold: a number or None, or as many as the name says."""
+    kind = next((kind for end, kind in SEVERAL.items() if name.endswith(end)), None)
+    if kind and type(value) is not kind:
+        return False
+    values = [value]
+    if kind:
+        values = value.values() if kind is dict else value
+    # nan is not below anything, and no metric is so large
+    return all(v is None or (type(v) in (int, float) and abs(v) < 1e100) for v in values)
 
 
 def rounded(value):
@@ -119,8 +145,11 @@ def rounded(value):
 
 
 def append_row(folder, row):
-    """Add a row to log.jsonl and see it on the disk. Raises SetupError for a full disk."""
+    """Add a row to log.jsonl and see it on the disk. Raises SetupError: no room, or no numbers."""
     path = os.path.join(folder, "log.jsonl")
+    if wrong := [name for name, value in row.items() if not is_metric(name, value)]:
+        message = "the last checkpoint is untouched; begin a run with lower learning rates"
+        raise SetupError(f"step {row['step']}: {wrong[0]} is not a finite number; {message}")
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(rounded(row), allow_nan=False) + "\n")
@@ -132,6 +161,8 @@ def append_row(folder, row):
 
 def begin(folder, config, tasks):
     """Make the folder of a new run. config: dict; tasks: {split: tasks of the evaluations}."""
+    if not is_new(folder):
+        raise SetupError(f"{folder} exists since a moment ago; choose another folder with --out")
     os.makedirs(os.path.join(folder, "transcripts"), exist_ok=True)
     write_json(os.path.join(folder, "tasks.json"), tasks)
     write_json(os.path.join(folder, "config.json"), config)
@@ -140,12 +171,13 @@ def begin(folder, config, tasks):
 def rewind(folder, first):
     """Drop the rows that the checkpoint does not hold: those from step `first` on, and half a row.
 
-    Raises SetupError, and writes nothing, if a row before `first` is missing.
+    Raises SetupError, and writes nothing, if a row before `first` is missing, or if more than that
+    of step `first` would be lost: no kill leaves that.
     """
     rows = read_log(folder)
-    if len(rows) < first:
+    if not first <= len(rows) <= first + 1:
         path = os.path.join(folder, "log.jsonl")
-        reason = f"it ends at step {len(rows) - 1}, the checkpoint is of step {first}"
+        reason = f"it has {len(rows)} rows, but the checkpoint goes on at step {first}"
         raise damaged(path, reason)
     text = "".join(json.dumps(row) + "\n" for row in rows[:first])
     write_whole(os.path.join(folder, "log.jsonl"), lambda file: file.write(text.encode()))
@@ -164,20 +196,21 @@ def load_checkpoint(path):
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"step", "model"} <= state.keys():
-            raise ValueError("it is no checkpoint of train.py")
-        return state
     except Exception as error:
-        # torch.load raises many kinds for a damaged file
-        reason = "missing" if isinstance(error, FileNotFoundError) else one_line(error)
-        message = f"{path} cannot be read ({reason}); use another run, or another --out"
-        raise SetupError(message) from error
+        # of many kinds, whose messages are about torch
+        damage = "damaged, or not written by train.py"
+        raise damaged(path, getattr(error, "strerror", None) or damage) from error
+    kinds = {"step": int, "model": dict, "history": list, "optimizer": dict}
+    values = state if isinstance(state, dict) else {}
+    if any(type(values.get(name)) is not kind for name, kind in kinds.items()):
+        raise damaged(path, "it is no checkpoint of train.py")
+    return state
 
 
 def restore(parameters, saved):
     """Put a checkpoint's values into parameters, by name. Raises SetupError for another model's."""
     shapes = {name: p.shape for name, p in parameters.items()}
-    if shapes != {name: p.shape for name, p in saved.items()}:
+    if shapes != {name: getattr(p, "shape", None) for name, p in saved.items()}:
         raise SetupError(
             "the checkpoint's parameters are not this model's; "
             "leave out --model and --lora-rank, the run has them in its config.json"

@@ -207,10 +207,11 @@ def test_prompts_hold_what_is_needed_to_act(generated):
     now, past = generated.reset([task])[0], []
     for action in generated.gold(task):
         compact = generated.compact_prompt(past, now)
-        chat = generated.chat_prompt(past, now)
+        rules, state = generated.chat_prompt(past, now)
+        chat = state["content"]
         assert now.goal in compact and now.goal in chat
         assert len(compact) < 500 and "left " in compact
-        assert chat.startswith(generated.chat_rules)
+        assert rules["content"].startswith(generated.chat_rules)
         assert action in chat and "help" not in chat
         verb, _, rest = action.partition(" ")
         if verb == "take":

@@ -243,6 +243,31 @@ def first_and_last_ten(logs):
     return f"{training(log, slice(10)):.2f} → {training(log, slice(-10, None)):.2f}"
 
 
+def pooled(name):
+    """The share of won evaluations of all seeds together."""
+    share = lambda logs, split: statistics.mean(success(logs, split, name))
+    return lambda logs: " / ".join(f"{share(logs, split):.2f}" for split in SPLITS)
+
+
+def gain(logs):
+    """From the first to the last evaluation, IID and OOD together, and its standard error."""
+    episodes = 2 * 36 * len(logs)
+    shares = [
+        statistics.mean(success(logs, "iid", name) + success(logs, "ood", name))
+        for name in ("before", "after")
+    ]
+    error = sum(share * (1 - share) / episodes for share in shares) ** 0.5
+    return f"{shares[1] - shares[0]:+.2f} ±{error:.2f}"
+
+
+def steps_of(log):
+    return ", ".join(f"{row['entropy']:.3f}" for row in log if "entropy" in row)
+
+
+def core_hours(logs):
+    return f"{sum(row['seconds'] for log in logs for row in log) / 3600:.1f}"
+
+
 # what a column of a table is, from the logs of the runs of its row
 COLUMNS = {
     "before": both("before"),
@@ -254,6 +279,11 @@ COLUMNS = {
     "training, steps 0–9 → 30–39": first_and_last_ten,
     "IID after 0 → 20 → 40 steps": evaluations("iid"),
     "OOD after 0 → 20 → 40 steps": evaluations("ood"),
+    "cloned": pooled("before"),
+    "after RL": pooled("after"),
+    "gain": gain,
+    "H̄ of each step, seed 0": lambda logs: steps_of(logs[0]),
+    "hours": core_hours,
     "minutes": lambda logs: f"{sum(row['seconds'] for row in logs[0]) / 60:.0f}",
 }
 

@@ -1,8 +1,8 @@
 """epo.py in numbers: every formula against plain Python loops, hand-worked cases, and what the
 paper's terms do to gradients.
 
-The references know nothing of weights or tensors: they average as Eq. 2 reads (tokens, then turns, then episodes), and their
-gradients are central differences.
+The references know nothing of weights or tensors: they average as Eq. 2 reads (tokens, then turns,
+then episodes), and their gradients are central differences.
 """
 
 import ast

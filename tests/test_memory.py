@@ -51,22 +51,26 @@ def test_all_weights_by_hand():
     assert rollout == {
         "bfloat16 copies of weights": 0,
         "keys and values": 15 * 2 * 4 * 4 * 2,
-        "prompts through a layer": 15 * 4 * (3 * 8 + 3 * 16),
+        # at most `tokens` at a time
+        "prompts through a layer": 10 * 4 * (5 * 8 + 3 * 16),
     }
     assert memory.total(always, update, rollout) == sum(always.values()) + sum(update.values())
 
 
 def test_bfloat16_products_by_hand():
     _, update, rollout = memory.parts(SMALL, **SIZES)
-    copies = 2 * (PARAMETERS - HEAD)
-    assert update["bfloat16 copies of weights"] == copies
-    assert rollout["bfloat16 copies of weights"] == copies
+    assert update["bfloat16 copies of weights"] == 2 * (PARAMETERS - HEAD)
+    # the output matrix, too
+    assert rollout["bfloat16 copies of weights"] == 2 * PARAMETERS
     # keys and values are float32 all the same
     assert rollout["keys and values"] == 15 * 2 * 4 * 4 * 2
+    # here a layer's keys and values for both heads, in float32 and in bfloat16, are the larger part
+    repeated = 15 * 2 * 8 * (4 + 2)
+    assert rollout["prompts through a layer"] == 10 * 4 * 5 * 8 + repeated
 
 
 def test_lora_by_hand():
-    always, update, _ = memory.parts(SMALL, lora_rank=2, **SIZES)
+    always, update, rollout = memory.parts(SMALL, lora_rank=2, **SIZES)
     adapter = 2 * SIDES
     assert always == {
         "weights": 2 * PARAMETERS + 4 * adapter,
@@ -76,6 +80,9 @@ def test_lora_by_hand():
     }
     assert update["gradients"] == 4 * adapter
     assert update["residual stream"] == 10 * 2 * 8 * 2
+    assert update["logits or a layer"] == max(6.3 * 4 * 200, 10 * 2 * (11 * 8 + 8 * 16))
+    assert update["bfloat16 copies of weights"] == 2 * adapter
+    assert rollout["prompts through a layer"] == 10 * 2 * (5 * 8 + 4 * 16)
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])

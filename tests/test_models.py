@@ -11,8 +11,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoTokenizer,
+    DynamicCache,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -246,7 +248,7 @@ def test_the_critic_is_a_second_adapter_and_the_two_do_not_mix(folder):
     cfg = config.Config(critic_minibatches=3)
     losses = [
         update_critic(critic, optimizer, turns, torch.zeros(len(turns)), targets, cfg)["value_loss"]
-        for _ in range(4)
+        for _ in range(8)
     ]
     assert losses[-1] < losses[0] and any(
         p.any() for n, p in critic.trained().items() if "lora_B" in n
@@ -336,3 +338,65 @@ def test_a_model_that_does_not_fit_is_refused_in_one_line(tmp_path):
         load_policy(save(tmp_path / "template", template=None), "keyquest")
     with pytest.raises(SetupError, match="tokens"):
         load_policy(save(tmp_path / "vocabulary", vocab=500), "keyquest")
+
+
+def test_without_pefts_round_trip_over_float32_no_bit_changes(folder):
+    """Log-probs and gradients of LoRA in bfloat16, with the casts that peft makes and without."""
+    policy = load_policy(folder, "keyquest", dtype="bfloat16", lora_rank=4)
+    move(policy)
+    episodes = play(policy)
+    turns = [turn for episode in episodes for turn in episode.turns]
+    layers = [m for m in policy.model.modules() if hasattr(m, "cast_input_dtype_enabled")]
+    assert len(layers) == 14 and not any(m.cast_input_dtype_enabled for m in layers)
+    results = []
+    for cast in (False, True):
+        for layer in layers:
+            layer.cast_input_dtype_enabled = cast
+        torch.manual_seed(0)
+        taken, _ = gradient(policy, episodes, kl_coef=0.1)
+        results.append([*scored(policy, turns), *taken.values()])
+    without, with_casts = results
+    assert len(without) == 2 + 2 * len(layers)
+    assert all(torch.equal(a, b) for a, b in zip(without, with_casts, strict=True))
+    assert all(gradient.any() for gradient in without)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_bfloat16_copies_of_weights_are_made_once_in_a_rollout(folder, rank):
+    policy = load_policy(folder, "keyquest", dtype="bfloat16", lora_rank=rank)
+    policy.end = []
+    weights = {p.data_ptr() for p in trained(policy.model).values()}
+
+    class Copies(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                self.made += args[0].data_ptr() in weights
+            return function(*args, **(kwargs or {}))
+
+    made = []
+    for tokens in (1, 5):
+        with Copies() as copies:
+            generate(policy, [[5, 6, 7], [8]], 1.0, tokens)
+        made.append(copies.made)
+    # A and B of 14 layers; or 14 matrices, 6 biases and the output matrix
+    assert made == [28, 28] if rank else made == [21, 21]
+
+
+def test_the_cache_is_copied_only_when_its_rows_change(folder, monkeypatch):
+    policy = load_policy(folder, "keyquest")
+    copied, select = [], DynamicCache.batch_select_indices
+    count = lambda cache, indices: copied.append(len(indices)) or select(cache, indices)
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", count)
+    prompts = [[5, i] for i in range(12)]
+    policy.end = []
+    generate(policy, prompts, 1.0, 12)
+    assert not copied
+    # now some end: once for all that end with the same token of their response
+    policy.end = list(range(0, 800, 8))
+    samples = generate(policy, prompts, 1.0, 12, torch.Generator().manual_seed(0))
+    lengths = sorted(len(response) for response, _, _ in samples)
+    assert 2 < len(set(lengths)) < 12
+    ends = sorted(set(lengths))[:-1]
+    assert copied == [sum(length > end for length in lengths) for end in ends]

@@ -246,7 +246,7 @@ def test_the_compact_prompt_shows_what_is_in_sight(world):
 def test_the_chat_prompt_shows_what_is_in_sight_and_no_example_action():
     with ScienceWorld(SHORT, objects=True, jvms=1) as world:
         now = world.reset([world.tasks("train")[0]])[0]
-        prompt = world.chat_prompt([], now)
+        prompt = "\n".join(message["content"] for message in world.chat_prompt([], now))
         assert "hallway" in now.objects
         assert "You can refer to: " in prompt and now.look.strip() in prompt
         assert "<action>go" not in prompt and "e.g." not in prompt

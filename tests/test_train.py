@@ -5,6 +5,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import os
 import random
 import re
@@ -441,12 +442,14 @@ def test_the_log_of_a_run(finished):
     # Algorithm 1: no reference in step 0, then the mean of the entropies of the steps before
     assert log[0]["history_mean"] is None and log[0]["smoothing_loss"] == 0
     for k in (1, 2, 3):
-        assert log[k]["history_mean"] == pytest.approx(sum(r["entropy"] for r in log[:k]) / k)
-        assert log[k]["corridor_high"] == pytest.approx(2 * log[k]["history_mean"])
+        mean = sum(r["entropy"] for r in log[:k]) / k
+        # logged numbers have six digits
+        assert log[k]["history_mean"] == pytest.approx(mean, rel=5e-6)
+        assert log[k]["corridor_high"] == pytest.approx(2 * mean, rel=5e-6)
     assert log[0]["net_above_cap"] == 1 and log[2]["net_above_cap"] == pytest.approx(
         1 - 0.05 * log[2]["beta"]
     )
-    assert log[0]["beta"] == 2 and log[2]["beta"] == pytest.approx(1 + 2.718281828**-3)
+    assert log[0]["beta"] == 2 and log[2]["beta"] == pytest.approx(1 + math.exp(-3), rel=5e-6)
     assert len(log[0]["entropy_by_turn"]) == 8 and log[0]["clip_fraction"] < 0.2
     assert json.load(open(os.path.join(out, "config.json")))["turns"] == 8
     assert len(json.load(open(os.path.join(out, "tasks.json")))["ood"]) == 6
@@ -597,7 +600,7 @@ def test_critic_learns_the_same_for_any_micro_batch(batch):
     for size in (10**6, 60):
         torch.manual_seed(0)
         critic = Critic(policy.model)
-        optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(critic.parameters(), lr=0.01)
         log = update_critic(
             critic,
             optimizer,
@@ -607,7 +610,7 @@ def test_critic_learns_the_same_for_any_micro_batch(batch):
             config.Config(critic_minibatches=2, tokens_per_batch=size),
         )
         heads.append(critic.head.weight.detach())
-    assert log["value_loss"] == pytest.approx(0.5 * (targets**2).mean().item(), rel=0.3)
+    assert log["value_loss"] == pytest.approx(0.5 * (targets**2).mean().item(), rel=0.1)
     assert heads[0].abs().max() > 1e-3 and torch.allclose(*heads, atol=1e-6)
 
 

@@ -4,9 +4,9 @@
 
 It is a sum of bytes; `python -m tools.bench memory` sets it beside measured peaks. Some memory is
 taken all through a run: weights, the reference policy, Adam's two moments, and the critic with its
-own. On top comes the larger of two phases. The rollout has the cache of keys and values. The update
-has gradients, the residual stream after each layer, and either a layer that is computed again or
-some hundred tokens of logits.
+own. On top comes the larger of two phases. The rollout has the cache of keys and values, and a
+layer that reads prompts. The update has gradients, the residual stream after each layer, and either
+a layer that is computed again or some hundred tokens of logits.
 """
 
 import argparse
@@ -24,6 +24,8 @@ ADAM = 2 * FLOAT
 LOGITS_COPIES = 6.3
 # numbers per token of a layer, forward and backward: times its width, times that of its MLP
 LAYER_WIDTHS, LAYER_FFNS = 11, 8
+# the same where nothing is kept for a gradient; an adapter takes one more of the MLP's
+ROLLOUT_WIDTHS, ROLLOUT_FFNS = 5, 3
 # what a card needs beside the sum: CUDA and fragments
 RESERVE = 2 * GIB
 
@@ -59,7 +61,7 @@ def parts(
 ):
     """Bytes by part of a run of train.py -> three dicts: all through it, the update, the rollout.
 
-    mixed: bfloat16 products, as on a GPU; tokens: of a micro-batch (--tokens-per-batch), of which
+    mixed: bfloat16 products, as on a GPU; tokens: of a forward pass (--tokens-per-batch), of which
     response_tokens are responses; context: prompt and response tokens of the longest turn.
     """
     n, head, linear_sides = count(config)
@@ -67,7 +69,8 @@ def parts(
     learns = adapter or n
     body = n if config.tie_word_embeddings else n - head
     layers, width, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-    head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    heads = config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or width // heads
     keys = config.num_key_value_heads * head_width
     product = HALF if mixed else FLOAT
     # the dtype of the model's own weights: of the residual stream and of the cache, too
@@ -79,24 +82,27 @@ def parts(
         "Adam": learns * ADAM,
         "critic": (adapter or body) * (FLOAT + ADAM) * ppo,
     }
-    # autocast makes them once, and uses them again
-    copies = {"bfloat16 copies of weights": (n - head) * HALF * (mixed and not lora_rank)}
     logits = LOGITS_COPIES * FLOAT * min(LOGITS_AT_ONCE, response_tokens * config.vocab_size)
     logits += head * FLOAT * (not lora_rank)
     layer = tokens * product * (LAYER_WIDTHS * width + LAYER_FFNS * ffn)
-    if lora_rank and mixed:
-        # each adapter's input is made float32, and bfloat16 again for its product
-        layer += tokens * (FLOAT * ffn + HALF * (6 * width + ffn))
-    update = copies | {
+    update = {
+        # autocast makes them once, and uses them again
+        "bfloat16 copies of weights": (adapter or n - head) * HALF * mixed,
         "gradients": learns * FLOAT,
         "residual stream": tokens * own * width * (layers + 1),
         "logits or a layer": max(logits, layer),
     }
-    cached = episodes * context * 2 * keys * own
-    rollout = copies | {
+    in_cache = episodes * context
+    read = min(tokens, in_cache)
+    # prompts of different lengths need a mask; with it keys and values of one layer are repeated
+    # for all heads, and brought to the products' dtype
+    repeated = in_cache * 2 * heads * head_width * (own + product * (own != product))
+    mlp = read * product * (ROLLOUT_FFNS + (lora_rank > 0)) * ffn
+    rollout = {
+        "bfloat16 copies of weights": (adapter or body) * HALF * mixed,
         # one layer's are copied when a token is added
-        "keys and values": cached * (layers + 1),
-        "prompts through a layer": episodes * context * product * 3 * (width + ffn),
+        "keys and values": in_cache * 2 * keys * own * (layers + 1),
+        "prompts through a layer": read * own * ROLLOUT_WIDTHS * width + max(repeated, mlp),
     }
     return always, update, rollout
 

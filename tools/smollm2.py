@@ -38,6 +38,7 @@ def download(folder):
 def unpack(file):
     """A GGUF file -> the model in bfloat16, its tokenizer. Raises SetupError."""
     place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    place |= {"trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
         packed = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)

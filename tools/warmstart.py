@@ -4,6 +4,8 @@
     python -m tools.warmstart --env alfworld           # -> models/alfworld, 15 minutes
     python -m tools.warmstart --env keyquest           # -> models/keyquest, seconds
 
+With --model it clones solutions with a chat model instead: tools/chat_warmstart.py.
+
 ScienceWorld: the simulator's own gold actions for *train* variations of three short task types.
 They are cleaned (a door that is open is not opened, a thing is called what the prompt calls it) and
 used only if they then still solve the task. The task's sentence is made unreliable: in three of
@@ -31,7 +33,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from envs import ALFWORLD_TASKS, ALFWorld, ScienceWorld
-from rollout import Turn, pad, response_states, score_tokens
+from rollout import Turn, response_states, score_tokens
+from support.forward import pad
 from support.loading import ROOT
 from support.run_folder import SetupError
 from worlds.alfworld import find_alfworld
@@ -50,9 +53,12 @@ ARTICLE = re.compile(r"^(?:an?|the) (?:substance called )?")
 IDLE_VERBS = ("look", "inventory", "examine", "help", "close")
 
 
-def demonstration(world, past):
-    """[(Observation, action)] of an episode -> [(prompt, action)]."""
-    return [(world.compact_prompt(past[:i], now), act) for i, (now, act) in enumerate(past)]
+def demonstration(prompt, past):
+    """[(Observation, action)] of an episode -> [(prompt, action)]. prompt: as World's prompts are.
+
+    None, of an episode that was not solved, is None.
+    """
+    return past and [(prompt(past[:i], now), action) for i, (now, action) in enumerate(past)]
 
 
 # ---- ScienceWorld
@@ -80,8 +86,8 @@ def clean(action, look, carried):
     return action, carried
 
 
-def scienceworld_demo(world, task):
-    """-> a demonstration, or None if cleaning broke the solution"""
+def play_scienceworld(world, task):
+    """-> [(Observation, action)] of a cleaned solution, or None if cleaning broke it"""
     gold = world.gold(task)
     now, past, carried = world.reset([task])[0], [], None
     for action in gold:
@@ -92,7 +98,7 @@ def scienceworld_demo(world, task):
         now = world.step({0: action})[0]
         if now.done or now.invalid:
             break
-    return demonstration(world, past) if now.success else None
+    return past if now.success else None
 
 
 def misname(demo, task_name, rng):
@@ -109,7 +115,8 @@ def scienceworld_demos(rng):
     demos = []
     with ScienceWorld(tuple(KINDS)) as world:
         for task in world.tasks("train"):
-            if demo := scienceworld_demo(world, task):
+            past = play_scienceworld(world, task)
+            if demo := demonstration(world.compact_prompt, past):
                 demos += [misname(demo, task.name, rng) for _ in range(4)]
     return demos
 
@@ -138,10 +145,9 @@ def useful_actions(walkthrough):
     return useful
 
 
-def play_walkthroughs(world, tasks):
-    """Play games side by side -> the demonstrations of those that are solved"""
+def play(world, tasks, plans):
+    """Play lists of actions side by side -> [(Observation, action)] of those that solve theirs"""
     now = dict(enumerate(world.reset(tasks)))
-    plans = [useful_actions(world.gold(task) or []) for task in tasks]
     past = [[] for _ in tasks]
     for t in range(max(map(len, plans))):
         playing = [slot for slot, o in now.items() if o and not o.done and not o.invalid]
@@ -149,7 +155,7 @@ def play_walkthroughs(world, tasks):
         for slot, action in actions.items():
             past[slot].append((now[slot], action))
         now |= world.step(actions)
-    return [demonstration(world, past[slot]) for slot, o in now.items() if o and o.success]
+    return [past[slot] for slot, o in now.items() if o and o.success]
 
 
 def alfworld_demos(rng):
@@ -164,7 +170,10 @@ def alfworld_demos(rng):
                 by_type[task.name].append(task)
             chosen = [task for name in by_type for task in by_type[name][:100]]
             for first in range(0, len(chosen), 32):
-                demos += play_walkthroughs(world, chosen[first : first + 32])
+                part = chosen[first : first + 32]
+                plans = [useful_actions(world.gold(task) or []) for task in part]
+                solved = play(world, part, plans)
+                demos += [demonstration(world.compact_prompt, past) for past in solved]
     return demos
 
 
@@ -183,10 +192,13 @@ def keyquest_demos(rng):
                 ways.remove(last)
             elif last in ways:
                 ways.append(last)
-            ways += ["take key"] * ("key" in now.look) + ["open chest"] * ("chest" in now.look)
+            acts = {"key": "take key", "chest": "open chest", "coin": "take coin"}
+            ways += [act for thing, act in acts.items() if thing in now.look]
             past.append((now, rng.choice(ways)))
             now = world.step({0: past[-1][1]})[0]
-        demos.append(demonstration(world, past))
+            if now.done:
+                break
+        demos.append(demonstration(world.compact_prompt, past))
     return demos
 
 
@@ -220,7 +232,7 @@ RECIPES = {
     "alfworld": Recipe(alfworld_demos, {"tasks": list(ALFWORLD_TASKS), "lr": 1e-4}, epochs=4),
     "keyquest": Recipe(
         keyquest_demos,
-        {"tasks": list(KeyQuest.rooms), "lr": 3e-3},
+        {"tasks": ["short", "long"], "lr": 3e-3},
         epochs=2,
         rate=5e-3,
         batch=32,
@@ -334,6 +346,9 @@ def make(env, seed, out):
 
 
 def main():
+    # it takes the demonstrations from here
+    from tools import chat_warmstart
+
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -343,13 +358,21 @@ def main():
     parser.add_argument("--env", choices=tuple(RECIPES), required=True)
     parser.add_argument("--out", help="the folder to write (default: models/ENV)")
     parser.add_argument("--seed", type=int, default=0)
+    chat_warmstart.add_flags(parser)
     args = parser.parse_args()
-    out = args.out or os.path.join(ROOT, "models", args.env)
+    if args.model and not args.out:
+        parser.error("--model needs --out, the folder to write")
     try:
+        if args.model:
+            chat_warmstart.warmstart(args)
+            return
+        out = args.out or os.path.join(ROOT, "models", args.env)
         os.makedirs(out, exist_ok=True)
         make(args.env, args.seed, out)
     except (SetupError, OSError) as error:
         sys.exit(f"warmstart.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("warmstart.py: stopped; with --model, the same command goes on")
 
 
 if __name__ == "__main__":

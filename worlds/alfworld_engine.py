@@ -6,6 +6,7 @@ to the planner's format, twice. None of that depends on how the game stands, so 
 the results. Observations and admissible commands stay the same, byte for byte.
 """
 
+import ast
 import json
 import multiprocessing
 import os
@@ -71,17 +72,29 @@ def translate_once(fast_downward):
     fast_downward.pddl2sas = pddl2sas
 
 
-def compile_once(textgen):
-    """Compile the expressions in the grammar once."""
+# what ALFWorld's expressions are made of: o.indefinite + ' ' + o.name, r.name or r.id
+EXPRESSION = (ast.Expression, ast.Name, ast.Attribute, ast.Load, ast.Constant)
+EXPRESSION += (ast.BinOp, ast.Add, ast.BoolOp, ast.Or)
 
-    @lru_cache(4096)
-    def compiled(expression):
-        return compile(expression, "<grammar>", "eval")
+
+def compile_expression(text):
+    """Raises ValueError for more than names and texts put together: a game file is no program."""
+    tree = ast.parse(text.strip(), mode="eval")
+    for node in ast.walk(tree):
+        private = isinstance(node, ast.Attribute) and node.attr.startswith("_")
+        if private or not isinstance(node, EXPRESSION):
+            raise ValueError(f"its grammar has code in it: {text!r:.60}")
+    return compile(tree, "<grammar>", "eval")
+
+
+def compile_once(textgen):
+    """Compile the expressions in the grammar once. The stock method runs whatever is in them."""
+    compiled = lru_cache(4096)(compile_expression)
 
     # the stock method writes to locals(), which Python 3.13 ignores
     def derive(symbol, context=None):
         variables = (context or symbol.context)["variables"]
-        value = eval(compiled(symbol.expression), {}, variables)
+        value = eval(compiled(symbol.expression), {"__builtins__": {}}, variables)
         return [textgen.TerminalSymbol(value)]
 
     textgen.EvalSymbol.derive = derive

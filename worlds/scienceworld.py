@@ -175,14 +175,17 @@ class Jvm:
 
         what: the call in words.
         """
-        from py4j.protocol import Py4JNetworkError
+        from py4j.protocol import Py4JError, Py4JJavaError
 
         for _ in range(3):
             if self.process.poll() is not None:
                 self.start()
             try:
                 return call()
-            except Py4JNetworkError:
+            except Py4JJavaError:
+                # the simulator's own
+                raise
+            except Py4JError:
                 status = self.process.poll()
                 self.start()
         raise SetupError(
@@ -201,6 +204,17 @@ class Jvm:
             return sim
 
         return self.insist(call, f"load {start.name} {start.variation}")
+
+    def lose(self, slot, error):
+        """* An episode was lost; unless the simulator itself failed, with all of its process.
+
+        A process that hangs must not be waited for again in each of its episodes.
+        """
+        from py4j.protocol import Py4JJavaError
+
+        self.sims.pop(slot, None)
+        if not isinstance(error, Py4JJavaError):
+            self.kill()
 
     def kill(self):
         self.sims = {}
@@ -296,9 +310,8 @@ class Simulators:
             self.goals[slot] = sim.getTaskDescription().removeprefix("Your task is to ").strip()
             # until its first step a simulator still tells the score of the episode before
             return self._state(slot, sim, "", 0, False)
-        except Py4JError:
-            # it died just after it had loaded the task, or it cannot load it
-            self.jvm(slot).sims.pop(slot, None)
+        except Py4JError as error:
+            self.jvm(slot).lose(slot, error)
 
     def _step(self, slot, action):
         """* the thread of the slot's process"""
@@ -311,9 +324,8 @@ class Simulators:
         try:
             reply = sim.step(action).strip()
             return self._state(slot, sim, reply, round(100 * sim.getScore()), sim.getCompleted())
-        except Py4JError:
-            # the process died, or the simulator itself failed
-            self.jvm(slot).sims.pop(slot, None)
+        except Py4JError as error:
+            self.jvm(slot).lose(slot, error)
 
     def _state(self, slot, sim, reply, score, completed):
         look, inventory = sim.freeActionLook(), sim.freeActionInventory()
