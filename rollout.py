@@ -121,9 +121,10 @@ def generate(policy, prompts, temperature, max_tokens, generator=None):
     with precision(model):
         logits, cache, mask, position = read_prompts(model, list(number), policy.tokens_per_batch)
         while True:
-            p = (logits.float() / temperature).softmax(-1)
-            token = p[row].multinomial(1, generator=generator)[:, 0]  # (n,)
-            logp, entropy = token_logp_and_entropy(logits[row], token, temperature)
+            logits = logits[row].float()
+            p = (logits / temperature).softmax(-1)
+            token = p.multinomial(1, generator=generator)[:, 0]  # (n,)
+            logp, entropy = token_logp_and_entropy(logits, token, temperature)
             token = token.cpu()
             columns = (active.tolist(), token.tolist(), logp.tolist(), entropy.tolist())
             for i, *values in zip(*columns, strict=True):
