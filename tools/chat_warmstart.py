@@ -69,7 +69,7 @@ def warmstart(args):
     """Clone, or go on with cloning; write the model to args.out. Raises SetupError."""
     given = {name: getattr(args, name) for name in SHARED if getattr(args, name) is not None}
     unfinished = args.out + ".unfinished"
-    cfg = Config(**given, think="off", out=unfinished)
+    cfg = Config(**given, think="off", lr=args.lr, out=unfinished)
     check(cfg)
     for name, least in (("demos", 1), ("batch", 1), ("epochs", 0), ("lr", 0)):
         if getattr(args, name) < least:
