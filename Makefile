@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 REQUIREMENTS ?= requirements.txt
 PLOT = $(VENV)/bin/python plot.py $(ARGS)
+CHECK = import sys; sys.version_info[:2] in ((3, 11), (3, 12)) or sys.exit("Python 3.11 or 3.12 is \
+needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")
 
 ## the main job; flags go in ARGS, such as make train ARGS="--seed 1 --out runs/seed1"
 train: $(VENV)/installed
@@ -38,16 +40,19 @@ figures: $(VENV)/installed
 		results/lr2e-3/tiny-grpo-plain-seed1 results/lr2e-3-strong/tiny-grpo-epo-seed0
 
 $(VENV)/installed: $(REQUIREMENTS)
+	@$(PYTHON) -c '$(CHECK)'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
 	touch $@
 
 $(VENV)/lesson: requirements-lesson.txt requirements.txt
+	@$(PYTHON) -c '$(CHECK)'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-lesson.txt
 	touch $@
 
 $(VENV)/bin/ruff: requirements-lint.txt
+	@$(PYTHON) -c '$(CHECK)'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-lint.txt
 	touch $@
