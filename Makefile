@@ -34,8 +34,7 @@ figures: $(VENV)/installed
 		results/alfworld-lr2e-3-strong results/alfworld-lr2e-3-floor
 	$(PLOT) --out figures/smollm2-keyquest GRPO=results/smollm2/keyquest-plain \
 		GRPO+EPO=results/smollm2/keyquest-epo
-	$(PLOT) --out figures/smollm2-scienceworld GRPO=results/smollm2/scienceworld-plain \
-		GRPO+EPO=results/smollm2/scienceworld-epo
+	$(PLOT) --out figures/smollm2-scienceworld GRPO+EPO=results/smollm2/scienceworld-epo
 	$(VENV)/bin/python -m tools.transcript --out figures/transcript.html \
 		results/lr2e-3/tiny-grpo-plain-seed1 results/lr2e-3-strong/tiny-grpo-epo-seed0
 

@@ -92,7 +92,9 @@ def decoding_mask(mask, cache):
     """
     from transformers.cache_utils import DynamicLayer
 
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+    # a cache that is still empty has no dtype
+    usable = lambda layer: type(layer) is DynamicLayer and layer.keys is not None
+    if not all(map(usable, cache.layers)):
         return mask
     # log 1 adds nothing, log 0 is -inf
     return mask.to(cache.layers[0].keys.dtype).log()[:, None, None]

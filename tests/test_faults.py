@@ -6,6 +6,7 @@ Each fault ends in one line and a status that is not 0; nothing is overwritten, 
 import io
 import json
 import os
+import random
 import resource
 import shlex
 import shutil
@@ -28,7 +29,7 @@ import train
 from support import report, run_folder
 from support.loading import load_policy
 from support.run_folder import SetupError, load_checkpoint, locked, read_log
-from tools import sweep
+from tools import harass, sweep
 from worlds.alfworld_engine import compile_expression
 from worlds.alfworld_generate import generate
 
@@ -586,6 +587,12 @@ def test_of_two_that_begin_at_once_the_second_overwrites_nothing(tmp_path):
     with redirect_stdout(io.StringIO()), pytest.raises(SetupError, match="choose another folder"):
         train.train(cfg)
     assert contents(cfg.out) == before
+
+
+def test_a_run_that_harass_kills_ends_with_the_log_of_an_undisturbed_one(tmp_path, finished):
+    flags = " ".join(SMALL)
+    results = harass.killed(str(tmp_path / "run"), flags, 1, random.Random(1), 0.1)
+    assert [log for log, _ in results] == [without_clock(finished["grpo"])] * len(results)
 
 
 def test_a_folder_killed_before_its_config_is_new(tmp_path, finished):
