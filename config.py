@@ -320,9 +320,8 @@ def resolve(cfg, policy, world_turns):
         "turns": made_for["turns"] or world_turns,
         "lr": rate or (1e-4 if cfg.lora_rank else 5e-6),
         "max_tokens": made_for["max_tokens"] or tokens,
+        "critic_lr": 1e-3 if tiny else 1e-5,
     }
-    if cfg.algo == "ppo":
-        choices["critic_lr"] = 1e-3 if tiny else 1e-5
     for name, value in choices.items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
