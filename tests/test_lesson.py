@@ -25,7 +25,8 @@ WRONG = {
 
 
 def printed(cell):
-    return "".join("".join(output.get("text", "")) for output in cell["outputs"])
+    outputs = cell.get("outputs", ())
+    return "".join("".join(output.get("text", "")) for output in outputs)
 
 
 @pytest.fixture(scope="module")

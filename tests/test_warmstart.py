@@ -75,7 +75,8 @@ def test_a_reply_in_the_wrong_form_is_told_the_right_one():
 
 @pytest.mark.parametrize("env", WORLDS)
 def test_the_short_prompt_is_what_the_tiny_policies_read(env):
-    with world_class(env)() as world:
+    games = {"games": "generated"} if env == "alfworld" else {}
+    with world_class(env)(**games) as world:
         task = world.tasks("train")[0]
         now = world.reset([task])[0]
         _, state = world.chat_prompt([], now, think=False)
