@@ -38,22 +38,20 @@ figures: $(VENV)/installed
 	$(VENV)/bin/python -m tools.transcript --out figures/transcript.html \
 		results/lr2e-3/tiny-grpo-plain-seed1 results/lr2e-3-strong/tiny-grpo-epo-seed0
 
-$(VENV)/installed: $(REQUIREMENTS)
+define install
 	@$(PYTHON) -c '$(CHECK)'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(addprefix -r ,$(1))
 	touch $@
+endef
+
+$(VENV)/installed: $(REQUIREMENTS)
+	$(call install,$(REQUIREMENTS))
 
 $(VENV)/lesson: requirements-lesson.txt requirements.txt
-	@$(PYTHON) -c '$(CHECK)'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-lesson.txt
-	touch $@
+	$(call install,requirements-lesson.txt)
 
 $(VENV)/bin/ruff: requirements-lint.txt
-	@$(PYTHON) -c '$(CHECK)'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-lint.txt
-	touch $@
+	$(call install,requirements-lint.txt)
 
 .PHONY: train test lesson lint figures

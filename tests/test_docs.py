@@ -260,10 +260,6 @@ def gain(logs):
     return f"{shares[1] - shares[0]:+.2f} ±{error:.2f}"
 
 
-def steps_of(log):
-    return ", ".join(f"{row['entropy']:.3f}" for row in log if "entropy" in row)
-
-
 def core_hours(logs):
     return f"{sum(row['seconds'] for log in logs for row in log) / 3600:.1f}"
 
@@ -282,7 +278,6 @@ COLUMNS = {
     "cloned": pooled("before"),
     "after RL": pooled("after"),
     "gain": gain,
-    "H̄ of each step, seed 0": lambda logs: steps_of(logs[0]),
     "hours": core_hours,
     "minutes": lambda logs: f"{sum(row['seconds'] for row in logs[0]) / 60:.0f}",
 }

@@ -20,7 +20,7 @@ import torch
 
 from config import Config, check, resolve, task_names
 from envs import ALFWorld, ScienceWorld, make_world
-from rollout import Turn, micro_batches, response_states, score_tokens
+from rollout import Turn, micro_batches
 from support.loading import choose_device, load_policy, save_model, trained
 from support.report import progress
 from support.run_folder import (
@@ -31,7 +31,13 @@ from support.run_folder import (
     save_tensors,
     write_json,
 )
-from tools.warmstart import demonstration, play, play_scienceworld, useful_actions
+from tools.warmstart import (
+    action_loss,
+    demonstration,
+    play,
+    play_scienceworld,
+    useful_actions,
+)
 from train import draw, evaluate
 
 # those of Config that `python -m tools.warmstart --model` takes too
@@ -201,15 +207,10 @@ def clone(policy, state, args, cfg):
 
 def add_gradient(policy, turns, batch, budget):
     """Backpropagate -log π of the responses of a batch: its mean over tokens, then turns."""
-    model, total = policy.model, 0.0
+    total = 0.0
     for micro in micro_batches(turns, batch, budget):
-        selected = [turns[i] for i in micro]
-        lengths = torch.tensor([len(turn.response) for turn in selected], device=model.device)
-        tokens = [token for turn in selected for token in turn.response]
-        tokens = torch.tensor(tokens, device=model.device)
-        logp, _ = score_tokens(model, response_states(model, selected), tokens)
-        weights = 1 / (len(batch) * lengths)
-        loss = -(logp * weights.repeat_interleave(lengths)).sum()
+        share = len(micro) / len(batch)
+        loss = action_loss(policy.model, [turns[i] for i in micro]) * share
         loss.backward()
         total += loss.item()
     return total

@@ -286,8 +286,9 @@ def make_model(recipe, tokenizer):
 
 def action_loss(model, turns):
     """-log π of the actions: the mean over the tokens of a turn, then over the turns."""
-    lengths = torch.tensor([len(turn.response) for turn in turns])
-    tokens = torch.tensor([token for turn in turns for token in turn.response])
+    lengths = torch.tensor([len(turn.response) for turn in turns], device=model.device)
+    tokens = [token for turn in turns for token in turn.response]
+    tokens = torch.tensor(tokens, device=model.device)
     logp, _ = score_tokens(model, response_states(model, turns), tokens)
     return -(logp / lengths.repeat_interleave(lengths)).sum() / len(turns)
 
