@@ -407,6 +407,32 @@ def test_speeds_are_those_of_the_benchmark():
         assert claim in text, claim
 
 
+def test_speeds_and_peaks_of_the_gpu_are_those_of_its_log():
+    bench, text = (
+        json.loads((ROOT / "results" / "gpu" / "bench.json").read_text()),
+        on_one_line(GPU),
+    )
+    assert bench["device"].removeprefix("NVIDIA ") in text
+    lora, every, seven = bench["models"]
+    speed = lambda row, name: f"{row[f'{name} tokens/s']:,.0f}"
+    peak = lambda row: f"{row['peak GB'] * 1e9 / 2**30:.1f} GiB"
+    for claim in (
+        f"{speed(every, 'generated')} / {speed(lora, 'generated')} tokens/s",
+        f"{speed(seven, 'generated')} tokens/s",
+        f"{speed(every, 'trained')} / {speed(lora, 'trained')} tokens/s",
+        f"{speed(seven, 'trained')} tokens/s, {seven['of matrix throughput']:.0%}".replace(
+            "%", " %"
+        ),
+        f"peak, Qwen2.5-1.5B, LoRA 32 | {peak(lora)}",
+        f"peak, Qwen2.5-1.5B, all weights | {peak(every)}",
+        f"peak, Qwen2.5-7B, LoRA 32 | {peak(seven)}",
+        "{:.2f} to {:.2f} for eight small cases".format(
+            *(extreme(row["ratio"] for row in bench["memory"]) for extreme in (min, max))
+        ),
+    ):
+        assert claim in text, claim
+
+
 def test_what_fits_is_what_the_memory_tool_predicts():
     row = r"^(\S+) +(all|LoRA 32) +grpo((?: +[\d.,]+){8})$"
     predicted = {}

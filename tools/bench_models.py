@@ -93,7 +93,9 @@ def random_learner(config, cfg):
     """What train.py trains, with random weights. cfg: of its settings."""
     half = cfg.lora_rank and cfg.dtype == "bfloat16"
     dtype = torch.bfloat16 if half else torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(DEVICE)
+    # drawn where they stay: a CPU takes minutes to draw 7 billion numbers
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.activation_checkpointing_enable()
     model.mixed = model.base_model.mixed = cfg.dtype == "bfloat16"
     if cfg.lora_rank:
