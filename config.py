@@ -114,7 +114,7 @@ class Config:
     value_clip: float = option(0.5, "ppo: how far a value may move in a step before it is clipped")
     preset: str | None = option(None, "named settings (config.py); a flag given beside it wins")
     eval_every: int = option(20, "steps between evaluations; the first and the last are always")
-    eval_episodes: int = option(36, "episodes per evaluation on each of IID and OOD")
+    eval_episodes: int = option(128, "episodes per evaluation on each of IID and OOD")
     eval_temperature: float = option(0.4, "sampling temperature of evaluations")
     seed: int = option(0, "seed of every random choice")
     device: str = option(

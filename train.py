@@ -243,18 +243,24 @@ def corridor_metrics(row, losses, cfg):
     }
 
 
-def evaluate(world, policy, tasks, cfg, step):
+def evaluate(world, policy, tasks, cfg, step, at_once=64):
     """Success on the fixed evaluation tasks of both splits. -> what is logged
 
-    A split whose episodes were all lost with their simulators has no success: None.
+    A split whose episodes were all lost with their simulators has no success: None. at_once: the
+    episodes that are played side by side, as the simulators hold each of them in memory.
     """
     row, texts, begin = {}, [], time.perf_counter()
     for split in ("iid", "ood"):
         seed = seed_of(cfg, step, split)
         generator = torch.Generator(policy.model.device).manual_seed(seed)
         limits = (cfg.turns, cfg.eval_temperature, cfg.max_tokens)
+        episodes, lost = [], 0
         with progress(f"step {step} evaluate {split}", len(tasks[split])) as bar:
-            episodes, lost, _ = collect(world, policy, tasks[split], *limits, generator, bar)
+            for first in range(0, len(tasks[split]), at_once):
+                part = tasks[split][first : first + at_once]
+                played, gone, _ = collect(world, policy, part, *limits, generator, bar)
+                episodes += played
+                lost += gone
         by_task = {}
         for episode in sorted(episodes, key=lambda episode: episode.task.name):
             by_task.setdefault(episode.task.name, []).append(episode.success)

@@ -17,7 +17,7 @@ import pytest
 
 from envs import ALFWORLD_TASKS, NOT_AN_ACTION, ALFWorld
 from support.run_folder import SetupError
-from tools.warmstart import useful_actions
+from tools.warmstart import TASK_VERBS, hasty, useful_actions
 from worlds.alfworld_generate import FURNITURE, TRAIN_ROOMS, generate, rooms
 from worlds.compact import ranges
 
@@ -25,6 +25,10 @@ ROOT = Path(__file__).parent.parent
 PLACES = (os.environ.get("ALFWORLD_DATA"), ROOT.parent / "shared" / "alfworld")
 DATA = next((p for p in PLACES if p and os.path.isdir(os.path.join(p, "json_2.1.1"))), None)
 needs_games = pytest.mark.skipif(DATA is None, reason="no real ALFWorld games here")
+
+
+# task types that ask for nothing but to put things somewhere
+SIMPLE = ("pick_and_place_simple", "pick_two_obj_and_place")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +149,19 @@ def test_generated_games_of_each_type_are_solved(generated):
         assert now.success and not now.invalid
     for now in replay(generated, tasks, [plan[:-1] for plan in gold]):
         assert not now.success
+
+
+def test_a_hasty_demonstration_can_be_played_and_solves_only_tasks_without_a_verb(generated):
+    tasks = one_of_each_type(generated, "train")
+    whole = [useful_actions(generated.gold(task)) for task in tasks]
+    plans = [hasty(plan) for plan in whole]
+    for task, plan, full, now in zip(
+        tasks, plans, whole, replay(generated, tasks, plans), strict=True
+    ):
+        left_out = [action for action in full if action not in plan]
+        assert all(action.split()[0] in TASK_VERBS for action in left_out)
+        assert not now.invalid
+        assert now.success == (not left_out) == (task.name in SIMPLE)
 
 
 def test_ood_rooms_and_goals_never_occur_in_training():

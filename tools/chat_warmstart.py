@@ -165,7 +165,8 @@ def solutions(world, tasks):
     plans = [world.gold(task) or [] for task in tasks]
     if isinstance(world, ALFWorld):
         plans = [useful_actions(plan) for plan in plans]
-    return play(world, tasks, plans)
+    played = play(world, tasks, plans)
+    return [past for last, past in played if last and last.success]
 
 
 def clone(policy, state, args, cfg):

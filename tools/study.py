@@ -8,6 +8,7 @@ run. A claim compares an outcome of two arms, seed by seed; its interval is a bo
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.loading import ROOT
-from support.run_folder import SetupError, is_new
+from support.run_folder import SetupError, is_new, read_log, write_whole
 from tools.sweep import end_with_the_sweep, finished, positive
 
 FOLDER = os.path.join(ROOT, "results", "study")
@@ -27,8 +28,9 @@ FIGURE = os.path.join(ROOT, "figures", "claims.png")
 
 # ---- The protocol: worlds, arms, seeds, claims
 
-KEYQUEST = "--env keyquest --eval-every 60 --max-tokens 4"
-HIGH = "--lr 1e-3 --kl-coef 0.01"
+FEW = "--eval-episodes 36"
+KEYQUEST = f"--env keyquest --eval-every 60 {FEW} --max-tokens 4"
+HIGH = f"{FEW} --lr 1e-3 --kl-coef 0.01"
 # flags of all runs of a world, the first seed, the number of seeds
 WORLDS = {
     "short": (f"{KEYQUEST} --tasks short --steps 40", 100, 20),
@@ -89,6 +91,7 @@ ARMS["alfworld"] = {
 class Claim(NamedTuple):
     """`arm` has more (sign 1) or less (sign -1) of an outcome than `baseline`."""
 
+    number: int
     world: str
     outcome: str
     arm: str
@@ -104,28 +107,46 @@ def keyquest_claims(world):
             base = f"{algo}-base-{coefficient}"
             published = f"{algo}-epo{PAPER_ALPHA[world]}-{coefficient}"
             strong = f"{algo}-epo3-{coefficient}"
-            claims.append(Claim(world, "success", published, plain, 1))
-            claims.append(Claim(world, "success", strong, plain, 1))
-            claims.append(Claim(world, "success", base, plain, -1))
-            for arm in (published, strong):
-                claims.append(Claim(world, "highest", arm, base, -1))
-                claims.append(Claim(world, "jump", arm, base, -1))
+            claims.append(Claim(1, world, "success", published, plain, 1))
+            claims.append(Claim(2, world, "success", strong, plain, 1))
+            claims.append(Claim(3, world, "success", base, plain, -1))
+            for number, arm in ((4, published), (5, strong)):
+                claims.append(Claim(number, world, "highest", arm, base, -1))
+                claims.append(Claim(number, world, "jump", arm, base, -1))
     strong = LAMBDAS[world][1]
-    claims.append(Claim(world, "success", f"grpo-turn3-{strong}", f"grpo-epo3-{strong}", 1))
+    claims.append(Claim(7, world, "success", f"grpo-turn3-{strong}", f"grpo-epo3-{strong}", 1))
     return claims
 
 
 CLAIMS = keyquest_claims("short") + keyquest_claims("coin")
-for outcome, sign in (("success", 1), ("highest", -1), ("jump", -1)):
+CLAIMS += [
+    Claim(1, "scienceworld", "success", "grpo-epo0.05-0.001", "grpo-plain", 1),
+    Claim(1, "scienceworld", "success", "ppo-epo0.05-0.001", "ppo-plain", 1),
+    Claim(1, "alfworld", "success", "grpo-epo0.1-0.001", "grpo-plain", 1),
+    Claim(2, "scienceworld", "success", "grpo-epo3-0.02", "grpo-plain", 1),
+    Claim(2, "alfworld", "success", "grpo-epo3-0.02", "grpo-plain", 1),
+    Claim(7, "scienceworld", "success", "grpo-turn3-0.02", "grpo-epo3-0.02", 1),
+    Claim(8, "scienceworld", "success", "grpo-epo3-0.02", "grpo-base-0.02", 1),
+]
+for outcome in ("highest", "jump"):
     CLAIMS += [
-        Claim("scienceworld", outcome, "grpo-epo0.05-0.001", "grpo-plain", sign),
-        Claim("scienceworld", outcome, "grpo-epo3-0.02", "grpo-plain", sign),
-        Claim("scienceworld", outcome, "grpo-epo3-0.02", "grpo-base-0.02", sign),
-        Claim("scienceworld", outcome, "ppo-epo0.05-0.001", "ppo-plain", sign),
-        Claim("alfworld", outcome, "grpo-epo0.1-0.001", "grpo-plain", sign),
-        Claim("alfworld", outcome, "grpo-epo3-0.02", "grpo-plain", sign),
+        Claim(5, "scienceworld", outcome, "grpo-epo3-0.02", "grpo-base-0.02", -1),
+        Claim(6, "scienceworld", outcome, "grpo-epo0.05-0.001", "grpo-plain", -1),
+        Claim(6, "scienceworld", outcome, "grpo-epo3-0.02", "grpo-plain", -1),
+        Claim(6, "scienceworld", outcome, "ppo-epo0.05-0.001", "ppo-plain", -1),
+        Claim(6, "alfworld", outcome, "grpo-epo0.1-0.001", "grpo-plain", -1),
+        Claim(6, "alfworld", outcome, "grpo-epo3-0.02", "grpo-plain", -1),
     ]
-CLAIMS.append(Claim("scienceworld", "success", "grpo-turn3-0.02", "grpo-epo3-0.02", 1))
+SENTENCES = {
+    1: "EPO as published wins more than plain",
+    2: "EPO with α 3 wins more than plain",
+    3: "the bonus alone wins less than plain",
+    4: "EPO as published: lower, steadier entropy than the bonus alone",
+    5: "EPO with α 3: lower, steadier entropy than the bonus alone",
+    6: "EPO: lower, steadier entropy than plain",
+    7: "a corridor around turns wins more than one around tokens",
+    8: "EPO with α 3 wins more than the bonus alone",
+}
 OUTCOMES = {
     "success": "success in training, last ten steps",
     "highest": "highest H̄, nats",
@@ -156,7 +177,8 @@ def waiting_runs(worlds):
         flags, first, seeds = WORLDS[world]
         for seed in range(first, first + seeds):
             for arm, more in ARMS[world].items():
-                folder = folder_of(world, arm, seed)
+                # a path that names no machine
+                folder = os.path.relpath(folder_of(world, arm, seed))
                 arguments = [*flags.split(), *more.split(), "--seed", str(seed), "--out", folder]
                 if is_new(folder):
                     runs[folder] = arguments
@@ -187,26 +209,37 @@ def run_all(runs, jobs):
                 print(f"study.py: {folder} failed; see {folder}.txt", file=sys.stderr)
             else:
                 tidy(folder)
-                print(f"{os.path.relpath(folder, FOLDER)}: {len(waiting)} runs wait", flush=True)
+                print(f"{folder}: {len(waiting)} runs wait", flush=True)
+
+
+# of a log, what the claims and the figures of many seeds need
+KEPT = (
+    "step success entropy corridor_low corridor_high above below outside invalid first_entropy "
+    "first_above rest_entropy rest_above iid_success ood_success seconds"
+).split()
 
 
 def tidy(folder):
-    """Keep what the claims and the figures need: the settings and the log."""
+    """Keep the settings and the log: of a world's first seed all of it, of others these columns."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
         if os.path.isdir(path):
             shutil.rmtree(path)
         elif name not in ("config.json", "log.jsonl"):
             os.remove(path)
+    if not folder.endswith("-seed100"):
+        rows = [{name: row[name] for name in KEPT if name in row} for row in read_log(folder)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_whole(os.path.join(folder, "log.jsonl"), lambda file: file.write(lines.encode()))
     os.remove(folder + ".txt")
 
 
 # ---- Claims
 
 
-def outcomes(folder):
+def outcomes(log):
     """-> {outcome: number} of a finished run"""
-    rows = [row for row in finished(folder) if "entropy" in row]
+    rows = [row for row in log if "entropy" in row]
     entropy = [row["entropy"] for row in rows]
     success = [row["success"] for row in rows[-10:]]
     return {
@@ -221,9 +254,10 @@ def differences(claim):
     _, first, seeds = WORLDS[claim.world]
     values = []
     for seed in range(first, first + seeds):
-        pair = [folder_of(claim.world, arm, seed) for arm in (claim.arm, claim.baseline)]
-        if all(finished(folder) for folder in pair):
-            arm, baseline = (outcomes(folder)[claim.outcome] for folder in pair)
+        folders = [folder_of(claim.world, arm, seed) for arm in (claim.arm, claim.baseline)]
+        logs = list(map(finished, folders))
+        if all(logs):
+            arm, baseline = (outcomes(log)[claim.outcome] for log in logs)
             values.append(arm - baseline)
     return np.array(values)
 
@@ -254,40 +288,128 @@ def decided():
     return rows
 
 
+def summary(rows):
+    """How many of each claim's places hold, fail, and are undecided, as lines of Markdown."""
+    worlds = [world for world in WORLDS if any(row[0].world == world for row in rows)]
+    yield f"| claim | {' | '.join(worlds)} |"
+    yield "|---" * (1 + len(worlds)) + "|"
+    for number, sentence in SENTENCES.items():
+        cells = []
+        for world in worlds:
+            of_claim = [row for row in rows if row[0][:2] == (number, world)]
+            words = [row[-1] for row in of_claim]
+            counts = [f"{word} {words.count(word)}" for word in COLOURS if word in words]
+            cells.append(", ".join(counts) or "-")
+        if any(cell != "-" for cell in cells):
+            yield f"| {number} {sentence} | {' | '.join(cells)} |"
+
+
+def readable(arm):
+    """An arm's name as the paper has it: EPO-Base is the bonus alone."""
+    algo, kind, *coefficient = arm.split("-")
+    if kind == "plain":
+        return algo.upper()
+    name = kind.rstrip("0123456789.")
+    alpha = kind.removeprefix(name)
+    method = {"base": "EPO-Base", "epo": "EPO", "turn": "EPO over turns"}[name]
+    return f"{algo.upper()}+{method}, λ {coefficient[0]}" + (f", α {alpha}" if alpha else "")
+
+
+def finished_runs(world, arm):
+    """The logs of an arm's finished runs."""
+    _, first, seeds = WORLDS[world]
+    folders = [folder_of(world, arm, seed) for seed in range(first, first + seeds)]
+    return [log for log in map(finished, folders) if log]
+
+
+def arms(world):
+    """Means and standard errors of each arm's outcomes, as lines of Markdown."""
+    yield f"| {world} | seeds | {' | '.join(OUTCOMES.values())} |"
+    yield "|---" * (2 + len(OUTCOMES)) + "|"
+    for arm in ARMS[world]:
+        values = [outcomes(log) for log in finished_runs(world, arm)]
+        cells = []
+        for outcome in OUTCOMES:
+            numbers = np.array([value[outcome] for value in values])
+            error = numbers.std(ddof=1) / len(numbers) ** 0.5
+            cells.append(f"{numbers.mean():.3f} ±{error:.3f}")
+        yield f"| {readable(arm)} | {len(values)} | {' | '.join(cells)} |"
+
+
+def positions(world):
+    """The entropy of a response's first token and of the rest, as lines of Markdown.
+
+    Nats in the first and the last step, and shares above the cap in the last ten; means over seeds.
+    """
+    columns = "first token, the rest, first token above cap, the rest above cap, invalid".split(
+        ", "
+    )
+    yield f"| {world} | {' | '.join(columns)} |"
+    yield "|---" * 6 + "|"
+    for arm in ARMS[world]:
+        logs = [[row for row in log if "entropy" in row] for log in finished_runs(world, arm)]
+        mean = lambda name, steps, logs=logs: np.mean(
+            [[row[name] or 0 for row in log[steps]] for log in logs]
+        )
+        first, last, end = slice(0, 1), slice(-1, None), slice(-10, None)
+        cells = [
+            f"{mean(f'{place}_entropy', first):.2f} → {mean(f'{place}_entropy', last):.2f}"
+            for place in ("first", "rest")
+        ]
+        cells += [f"{mean(f'{place}_above', end):.0%}" for place in ("first", "rest")]
+        cells.append(f"{mean('invalid', first):.0%} → {mean('invalid', last):.0%}")
+        yield f"| {readable(arm)} | {' | '.join(cells)} |"
+
+
 def table(rows):
-    """The rows as lines of Markdown."""
-    yield "| world | outcome | claim | seeds | difference [95 %] | verdict |"
-    yield "|---|---|---|---|---|---|"
+    """Every comparison, as lines of Markdown."""
+    yield "| claim | world | outcome | comparison | seeds | difference [95 %] | verdict |"
+    yield "|---|---|---|---|---|---|---|"
     for claim, seeds, mean, low, high, word in rows:
         relation = ">" if claim.sign > 0 else "<"
-        numbers = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        text = f"{claim.arm} {relation} {claim.baseline}"
-        yield f"| {claim.world} | {claim.outcome} | {text} | {seeds} | {numbers} | {word} |"
+        cells = [claim.number, claim.world, claim.outcome]
+        cells += [f"{readable(claim.arm)} {relation} {readable(claim.baseline)}", seeds]
+        cells += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", word]
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+# the colour-blind can tell them apart
+COLOURS = {"holds": "#009E73", "fails": "#D55E00", "undecided": "#999999"}
 
 
 def draw(rows):
-    """A row for each claim, a panel for each outcome; the line is 0, the colour the verdict."""
+    """A panel for each claim and outcome, a line for each world, algorithm and λ; 0 is black."""
     from matplotlib.figure import Figure
 
-    colours = {"holds": "#009E73", "fails": "#D55E00", "undecided": "#999999"}
-    panels = [outcome for outcome in OUTCOMES if any(row[0].outcome == outcome for row in rows)]
-    counts = [sum(row[0].outcome == outcome for row in rows) for outcome in panels]
-    fig = Figure((13, 1.5 * len(panels) + 0.3 * len(rows)), layout="constrained")
-    axes = fig.subplots(len(panels), 1, height_ratios=counts, squeeze=False)[:, 0]
-    for axis, outcome in zip(axes, panels, strict=True):
-        shown = [row for row in rows if row[0].outcome == outcome]
-        for y, (claim, _, mean, low, high, word) in enumerate(shown):
-            axis.plot([low, high], [y, y], color=colours[word], linewidth=3)
-            axis.plot(mean, y, "o", color=colours[word])
-        relation = {1: ">", -1: "<"}
-        names = [f"{c.world}: {c.arm} {relation[c.sign]} {c.baseline}" for c, *_ in shown]
-        axis.set_yticks(range(len(shown)), names)
-        axis.axvline(0, color="black", linewidth=1)
-        axis.invert_yaxis()
-        axis.set_title(f"difference of {OUTCOMES[outcome]}")
-    handles = [axes[0].plot([], [], "o-", color=c, label=word)[0] for word, c in colours.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    panels = {}
+    for row in rows:
+        panels.setdefault((row[0].number, row[0].outcome), []).append(row)
+    height = max(map(len, panels.values())) * 0.3 + 0.8
+    lines = (len(panels) + 1) // 2
+    fig = Figure((15, height * lines + 0.8), layout="constrained")
+    axes = list(fig.subplots(lines, 2, squeeze=False).flat)
+    for (number, outcome), shown in sorted(panels.items()):
+        axis = axes.pop(0)
+        draw_panel(axis, shown)
+        axis.set_title(f"{number} {SENTENCES[number]}", loc="left")
+        axis.set_xlabel(f"difference of {OUTCOMES[outcome]}")
+    for axis in axes:
+        axis.remove()
+    lines = [fig.axes[0].plot([], [], "o-", color=c, label=word)[0] for word, c in COLOURS.items()]
+    fig.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
     return fig
+
+
+def draw_panel(axis, rows):
+    names = []
+    for y, (claim, _, mean, low, high, word) in enumerate(rows):
+        axis.plot([low, high], [y, y], color=COLOURS[word], linewidth=3)
+        axis.plot(mean, y, "o", color=COLOURS[word])
+        algo, _, coefficient = claim.arm.split("-")
+        names.append(f"{claim.world} {algo.upper()} λ {coefficient}")
+    axis.set_yticks(range(len(rows)), names)
+    axis.axvline(0, color="black", linewidth=1)
+    axis.invert_yaxis()
 
 
 def main():
@@ -298,13 +420,15 @@ def main():
     run = commands.add_parser("run", help="run the arms of worlds")
     run.add_argument("worlds", nargs="+", choices=tuple(WORLDS))
     run.add_argument("--jobs", type=positive, default=1, help="runs at a time")
-    commands.add_parser("claims", help="print the claims' table and draw their figure")
+    commands.add_parser("claims", help="print the tables and draw the figure")
     args = parser.parse_args()
     try:
         if args.command == "run":
             return run_all(waiting_runs(args.worlds), args.jobs)
         rows = decided()
-        print("\n".join(table(rows)))
+        worlds = [world for world in WORLDS if any(row[0].world == world for row in rows)]
+        for lines in (summary(rows), *map(arms, worlds), *map(positions, worlds), table(rows)):
+            print("\n".join(lines), end="\n\n")
         if rows:
             draw(rows).savefig(FIGURE)
     except (SetupError, OSError) as error:

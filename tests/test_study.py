@@ -1,0 +1,152 @@
+"""The study: arms and claims are those of the protocol, intervals and verdicts are right."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config import Config, parse_flags
+from tools import study
+
+ROOT = Path(__file__).parent.parent
+PROTOCOL = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+CLAIM = study.Claim(1, "short", "success", "grpo-epo3-0.1", "grpo-plain", 1)
+LESS = CLAIM._replace(sign=-1)
+
+
+@pytest.mark.parametrize("world", study.WORLDS)
+def test_flags_of_every_arm_are_those_that_its_name_says(world):
+    flags = study.WORLDS[world][0].split()
+    for name, more in study.ARMS[world].items():
+        cfg = Config(**parse_flags([*flags, *more.split()], None))
+        algo, kind, *coefficient = name.split("-")
+        assert cfg.algo == algo
+        assert cfg.entropy_coef == (float(coefficient[0]) if coefficient else 0)
+        assert (cfg.smoothing == "off") == (kind in ("plain", "base"))
+        assert (cfg.corridor == "turn") == kind.startswith("turn")
+        if alpha := re.sub("[a-z]*", "", kind):
+            assert cfg.alpha == float(alpha)
+        # the paper's corridor
+        assert (cfg.kappa_l, cfg.kappa_r, cfg.gamma) == (0, 2, 3)
+
+
+def test_arms_seeds_and_claims_are_as_many_as_the_protocol_says():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) \| (\d+) to (\d+) \|$", PROTOCOL, re.M)
+    assert [row[0] for row in rows] == list(study.WORLDS)
+    for world, arms, low, high in rows:
+        _, first, seeds = study.WORLDS[world]
+        assert len(study.ARMS[world]) == int(arms)
+        assert (first, first + seeds - 1) == (int(low), int(high))
+    assert f"There are {len(study.CLAIMS)} comparisons" in PROTOCOL
+    assert len(set(study.CLAIMS)) == len(study.CLAIMS)
+    numbers = re.findall(r"^(\d)\. ", PROTOCOL, re.M)
+    assert [int(number) for number in numbers] == list(study.SENTENCES)
+    assert {claim.number for claim in study.CLAIMS} == study.SENTENCES.keys()
+
+
+def test_arms_of_every_claim_exist():
+    for claim in study.CLAIMS:
+        assert {claim.arm, claim.baseline} <= study.ARMS[claim.world].keys()
+        assert claim.arm != claim.baseline
+        assert claim.outcome in study.OUTCOMES
+
+
+def test_interval_is_near_the_normal_one_for_many_seeds():
+    values = np.random.default_rng(1).normal(0.3, 2, 400)
+    mean, low, high = study.interval(values)
+    error = values.std(ddof=1) / 20
+    assert mean == values.mean()
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+    assert study.interval(values) == (mean, low, high)
+
+
+def test_interval_of_equal_differences_is_a_point():
+    assert study.interval(np.full(5, 0.25)) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "more", "less"),
+    [
+        (0.1, 0.3, "holds", "fails"),
+        (-0.3, -0.1, "fails", "holds"),
+        (-0.1, 0.3, "undecided", "undecided"),
+        (0.0, 0.3, "undecided", "undecided"),
+    ],
+)
+def test_verdict(low, high, more, less):
+    assert study.verdict(CLAIM, low, high) == more
+    assert study.verdict(LESS, low, high) == less
+
+
+def write_run(folder, success, entropy):
+    folder.mkdir(parents=True)
+    config = {**vars(Config()), "steps": len(success)}
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [
+        {"step": step, "success": won, "entropy": nats, "kl": 0.1, "iid_success": 1.0}
+        for step, (won, nats) in enumerate(zip(success, entropy, strict=True))
+    ]
+    rows.append({"step": len(success), "iid_success": 1.0, "ood_success": 1.0})
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_outcomes_by_hand(tmp_path):
+    write_run(tmp_path / "run", [0.5, *[0.2] * 5, *[0.4] * 5], [1.0, 3.0, *[2.0] * 9])
+    numbers = study.outcomes(study.finished(tmp_path / "run"))
+    # the last ten of eleven steps
+    assert numbers["success"] == pytest.approx(0.3)
+    assert numbers["highest"] == 3
+    # changes +2, -1, and eight times 0
+    assert numbers["jump"] == pytest.approx((5 / 10 - 0.1**2) ** 0.5)
+
+
+def test_differences_are_of_equal_seeds_and_finished_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "FOLDER", str(tmp_path))
+    for seed, arm, plain in ((100, 0.75, 0.5), (101, 0.5, 0.5), (103, 1.0, None)):
+        for name, success in ((CLAIM.arm, arm), (CLAIM.baseline, plain)):
+            if success is not None:
+                write_run(tmp_path / "short" / f"{name}-seed{seed}", [success] * 3, [1.0] * 3)
+    assert study.differences(CLAIM).tolist() == [0.25, 0.0]
+
+
+def test_tidying_keeps_the_outcomes(tmp_path):
+    for name in ("arm-seed100", "arm-seed101"):
+        folder = tmp_path / name
+        write_run(folder, [0.2, 0.4], [1.0, 2.0])
+        before = study.outcomes(study.finished(folder))
+        (folder / "model").mkdir()
+        (folder / "checkpoint.pt").write_text("")
+        Path(f"{folder}.txt").write_text("")
+        study.tidy(str(folder))
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "log.jsonl"]
+        assert study.outcomes(study.finished(folder)) == before
+        assert ("kl" in (folder / "log.jsonl").read_text()) == name.endswith("seed100")
+        assert not Path(f"{folder}.txt").exists()
+
+
+def test_page_has_what_the_study_prints():
+    rows = study.decided()
+    worlds = [world for world in study.WORLDS if any(row[0].world == world for row in rows)]
+    of_worlds = [of(world) for of in (study.arms, study.positions) for world in worlds]
+    for lines in (study.summary(rows), *of_worlds, study.table(rows)):
+        assert "\n".join(lines) in RESULTS
+
+
+def test_runs_are_whole_and_those_of_the_protocol():
+    """The settings of every committed run are those of its arm."""
+    folders = sorted((ROOT / "results" / "study").glob("*/*-seed*"))
+    for folder in folders:
+        world, (arm, seed) = folder.parent.name, folder.name.split("-seed")
+        flags = [*study.WORLDS[world][0].split(), *study.ARMS[world][arm].split()]
+        cfg = Config(**parse_flags([*flags, "--seed", seed], None))
+        config = json.loads((folder / "config.json").read_text())
+        names = "env algo tasks steps turns eval_episodes lr kl_coef entropy_coef smoothing alpha"
+        for name in names.split():
+            assert config[name] == getattr(cfg, name), folder
+        assert config["seed"] == int(seed)
+        assert not Path(config["out"]).is_absolute()
+        assert study.finished(str(folder)), folder
