@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 REQUIREMENTS ?= requirements.txt
 PLOT = $(VENV)/bin/python plot.py $(ARGS)
+SHORT = results/study/short/grpo-
 CHECK = import sys; sys.version_info[:2] in ((3, 11), (3, 12)) or sys.exit("Python 3.11 or 3.12 is \
 needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")
 
@@ -24,8 +25,9 @@ lint: $(VENV)/bin/ruff
 ## the pictures of README.md and docs/, from the committed logs
 figures: $(VENV)/installed
 	$(PLOT) --out figures
-	$(PLOT) --out figures/keyquest results/keyquest/*plain* results/keyquest/*epo* \
-		results/keyquest-0.1 results/keyquest-0.1-strong
+	$(VENV)/bin/python -m tools.study claims
+	$(PLOT) --out figures/keyquest $(SHORT)plain-* $(SHORT)epo0.05-0.01-* \
+		$(SHORT)epo0.05-0.1-* $(SHORT)epo3-0.1-*
 	$(PLOT) --out figures/lr1e-3 results/lr1e-3/*plain* results/lr1e-3/*epo* results/lr1e-3-strong
 	$(PLOT) --out figures/lr2e-3 results/lr2e-3/*grpo-plain* results/lr2e-3/*grpo-epo* \
 		results/lr2e-3-lambda results/lr2e-3-strong results/lr2e-3-floor

@@ -869,3 +869,23 @@ def test_learning_rate_rises_then_falls_and_a_resumed_schedule_goes_on():
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
     assert rates[54] == pytest.approx(0.6, abs=0.01) and rates[99] == pytest.approx(0.2)
     assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_an_evaluation_plays_every_task_a_part_at_a_time(monkeypatch, tmp_path):
+    policy, world = load_policy("tiny", "keyquest"), KeyQuest()
+    sizes, played = [], []
+
+    def counted(world, policy, tasks, *more):
+        episodes, lost, seconds = collect(world, policy, tasks, *more)
+        sizes.append(len(tasks))
+        played.extend(episode.task for episode in episodes)
+        return episodes, lost + 1, seconds
+
+    monkeypatch.setattr(train, "collect", counted)
+    cfg = config.Config(env="keyquest", turns=4, max_tokens=4, out=str(tmp_path))
+    (tmp_path / "transcripts").mkdir()
+    tasks = {split: world.tasks(split)[:5] for split in ("iid", "ood")}
+    row = train.evaluate(world, policy, tasks, cfg, 0, at_once=2)
+    assert sizes == [2, 2, 1, 2, 2, 1]
+    assert played == tasks["iid"] + tasks["ood"]
+    assert row["iid_lost"] == row["ood_lost"] == 3
