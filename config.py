@@ -85,11 +85,6 @@ class Config:
         "form of Eq. 3; indicator is v1's, without a gradient",
         choices=("hinge", "indicator", "off"),
     )
-    corridor: str = option(
-        "token",
-        "what the corridor holds: each token's entropy (Eq. 3), or the mean of each turn (ours)",
-        choices=("token", "turn"),
-    )
     kappa_l: float = option(0.0, "κ_l, the corridor's floor as a share of H̄_W")
     kappa_r: float = option(2.0, "κ_r, its cap; inf: no cap")
     alpha: float = option(0.05, "α; the cap pulls entropy back only where α·β_k > 1")

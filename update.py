@@ -117,25 +117,14 @@ def add_gradient(policy, turns, batch, history_mean, beta_k, cfg):
     return total
 
 
-def turn_entropy(entropy, turn):
-    """The mean entropy of each token's turn (T,), for a corridor around turns: our variant.
-
-    A turn must not be split by LOGITS_AT_ONCE.
-    """
-    _, turn, tokens = turn.unique(return_inverse=True, return_counts=True)
-    return (entropy.new_zeros(len(tokens)).index_add(0, turn, entropy) / tokens)[turn]
-
-
 def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
     """Eq. 6 of a batch, with the paper's ablations where they are on. -> loss, its terms"""
     weights, advantages = batch.weights, batch.advantages
-    entropy_weights, smoothed_entropy = None, None
+    entropy_weights = None
     if cfg.shaping:
         advantages = shaped_advantages(advantages, entropy, cfg.shaping)
     if cfg.entropy_decay:
         entropy_weights = decayed_weights(weights, batch.index, cfg.turns, cfg.entropy_decay)
-    if cfg.corridor == "turn":
-        smoothed_entropy = turn_entropy(entropy, batch.turn)
     loss, terms = epo_loss(
         logp=logp,
         old_logp=batch.old_logp,
@@ -145,7 +134,6 @@ def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
         history_mean=history_mean,
         beta_k=beta_k,
         entropy_weights=entropy_weights,
-        smoothed_entropy=smoothed_entropy,
         reference_logp=reference_logp,
         **settings_of(cfg, epo_loss),
     )

@@ -175,32 +175,6 @@ def test_the_distribution_of_token_entropies_is_weighted_as_eq_2():
     assert row["rest_above"] == pytest.approx(twenty / rest)
 
 
-def test_a_corridor_around_turns_holds_their_means():
-    """Turn 0 has the mean 0.6, turn 1 the mean 1.5; the cap is 2 · 0.5, so only turn 1 is above."""
-    entropy = torch.tensor([0.1, 1.1, 1.0, 2.0, 1.5], requires_grad=True)
-    turn = torch.tensor([4, 4, 7, 7, 7])
-    means = update.turn_entropy(entropy, turn)
-    assert means.tolist() == pytest.approx([0.6, 0.6, 1.5, 1.5, 1.5])
-    weights = torch.tensor([0.25, 0.25, 1 / 6, 1 / 6, 1 / 6])
-    zero = torch.zeros(5)
-    loss, terms = epo_loss(
-        logp=zero,
-        old_logp=zero,
-        entropy=entropy,
-        advantages=zero,
-        weights=weights,
-        history_mean=0.5,
-        beta_k=1.5,
-        entropy_coef=0.1,
-        alpha=2.0,
-        smoothed_entropy=means,
-    )
-    assert terms["smoothing_loss"] == pytest.approx(2.0 * 0.5 * (1.5 - 1.0))
-    loss.backward()
-    inside, above = -0.1 * 0.25, -0.1 / 6 * (1 - 2.0 * 1.5)
-    assert entropy.grad.tolist() == pytest.approx([inside] * 2 + [above] * 3)
-
-
 def test_responses_of_one_token_have_no_rest():
     _, flat = flat_batch(played([2, 1], [0, 0]), torch.zeros(3), config.Config())
     row = update.token_metrics(flat, float("inf"))
