@@ -333,38 +333,44 @@ def arms_with_runs(world):
 
 def arms(world):
     """Means and standard errors of each arm's outcomes, as lines of Markdown."""
-    yield f"| {world} | seeds | {' | '.join(OUTCOMES.values())} |"
-    yield "|---" * (2 + len(OUTCOMES)) + "|"
+    columns = [*OUTCOMES.values(), "IID after", "OOD after"]
+    yield f"| {world} | seeds | {' | '.join(columns)} |"
+    yield "|---" * (2 + len(columns)) + "|"
     for arm in arms_with_runs(world):
-        values = [outcomes(log) for log in finished_runs(world, arm)]
+        logs = finished_runs(world, arm)
+        values = [[*outcomes(log).values(), *evaluated(log)] for log in logs]
         cells = []
-        for outcome in OUTCOMES:
-            numbers = np.array([value[outcome] for value in values])
+        for numbers in np.array(values).T:
             error = numbers.std(ddof=1) / len(numbers) ** 0.5
             cells.append(f"{numbers.mean():.3f} ±{error:.3f}")
-        yield f"| {readable(arm)} | {len(values)} | {' | '.join(cells)} |"
+        yield f"| {readable(arm)} | {len(logs)} | {' | '.join(cells)} |"
+
+
+def evaluated(log):
+    """Success on both splits after the last step, at the evaluations' temperature."""
+    return [log[-1][f"{split}_success"] for split in ("iid", "ood")]
 
 
 def positions(world):
     """The entropy of a response's first token and of the rest, as lines of Markdown.
 
-    Nats in the first and the last step, and shares above the cap in the last ten; means over seeds.
+    Nats and shares of turns in the first and the last step, the cap in the second and the last
+    one, and the shares of tokens above it in the last ten; means over seeds.
     """
-    columns = "first token, the rest, first token above cap, the rest above cap, invalid".split(
-        ", "
-    )
+    columns = "first token, the rest, cap, first above cap, rest above cap, invalid".split(", ")
     yield f"| {world} | {' | '.join(columns)} |"
-    yield "|---" * 6 + "|"
+    yield "|---" * 7 + "|"
     for arm in arms_with_runs(world):
         logs = [[row for row in log if "entropy" in row] for log in finished_runs(world, arm)]
         mean = lambda name, steps, logs=logs: np.mean(
             [[row[name] or 0 for row in log[steps]] for log in logs]
         )
-        first, last, end = slice(0, 1), slice(-1, None), slice(-10, None)
+        first, second, last, end = slice(0, 1), slice(1, 2), slice(-1, None), slice(-10, None)
         cells = [
             f"{mean(f'{place}_entropy', first):.2f} → {mean(f'{place}_entropy', last):.2f}"
             for place in ("first", "rest")
         ]
+        cells.append(f"{mean('corridor_high', second):.2f} → {mean('corridor_high', last):.2f}")
         cells += [f"{mean(f'{place}_above', end):.0%}" for place in ("first", "rest")]
         cells.append(f"{mean('invalid', first):.0%} → {mean('invalid', last):.0%}")
         yield f"| {readable(arm)} | {' | '.join(cells)} |"
