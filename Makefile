@@ -31,9 +31,6 @@ figures: $(VENV)/installed
 	$(PLOT) --out figures/lr1e-3 results/lr1e-3/*plain* results/lr1e-3/*epo* results/lr1e-3-strong
 	$(PLOT) --out figures/lr2e-3 results/lr2e-3/*grpo-plain* results/lr2e-3/*grpo-epo* \
 		results/lr2e-3-lambda results/lr2e-3-strong results/lr2e-3-floor
-	$(PLOT) --out figures/alfworld-lr2e-3 results/alfworld-lr2e-3/*plain* \
-		results/alfworld-lr2e-3/*epo* results/alfworld-lr2e-3-lambda \
-		results/alfworld-lr2e-3-strong results/alfworld-lr2e-3-floor
 	$(PLOT) --out figures/smollm2-keyquest GRPO=results/smollm2/keyquest-plain \
 		GRPO+EPO=results/smollm2/keyquest-epo
 	$(PLOT) --out figures/smollm2-scienceworld GRPO+EPO=results/smollm2/scienceworld-epo

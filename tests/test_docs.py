@@ -359,7 +359,6 @@ COMPARED = {
     "sweep/tiny-grpo-plain": (
         "sweep/tiny-grpo-base sweep/tiny-grpo-epo sweep/tiny-grpo-indicator sweep-strong"
     ),
-    "alfworld/tiny-grpo-plain": "alfworld/tiny-grpo-epo alfworld-strong",
 }
 
 
@@ -383,7 +382,7 @@ def variables(text):
 def test_commands_of_the_sweeps_are_those_of_the_committed_runs(monkeypatch):
     text = text_of(RESULTS)
     lines = re.findall(r"^python -m (tools\.sweep .* --out results/.*)", text, re.M)
-    assert len(lines) > 15
+    assert len(lines) > 8
     monkeypatch.chdir(ROOT)
     for line in lines:
         for name, value in variables(text).items():

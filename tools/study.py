@@ -83,8 +83,8 @@ ARMS["alfworld"] = {
     "grpo-epo0.1-0.001": f"{EPO} 0.001 --alpha 0.1",
     "grpo-epo3-0.02": f"{EPO} 0.02 --alpha 3",
 }
-# Arms of our variant, the corridor around turns. After claim 7 had failed on short its option went,
-# as the protocol says; commit 36c03f6 has it. The arms of the other worlds were not run.
+# Arms of our variant, the corridor around turns. Claim 7 failed on short and on coin, so its option
+# went, as the protocol says; commit 36c03f6 has it. The arm of ScienceWorld was not run.
 GONE = {
     "short": "grpo-turn3-0.1",
     "coin": "grpo-turn3-0.03",
