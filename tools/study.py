@@ -42,7 +42,7 @@ WORLDS = {
     ),
     "scienceworld": (f"--env scienceworld --steps 24 --eval-every 24 {HIGH}", 100, 8),
     "alfworld": (
-        f"--env alfworld --games generated --steps 12 --eval-every 12 {HIGH}",
+        f"--env alfworld --games generated --steps 24 --eval-every 24 {FEW}",
         100,
         5,
     ),
