@@ -424,7 +424,7 @@ def draw_panel(axis, rows):
         names.append(f"{claim.world} {algo.upper()} λ {coefficient}")
     axis.set_yticks(range(len(rows)), names)
     axis.axvline(0, color="black", linewidth=1)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def main():
