@@ -130,11 +130,9 @@ def test_tidying_keeps_the_outcomes(tmp_path):
 
 def test_page_has_what_the_study_prints():
     rows = study.decided()
-    worlds = [world for world in study.WORLDS if any(row[0].world == world for row in rows)]
     # which is why the option of the variant has gone
     assert [row[-1] for row in rows if row[0].number == 7] == ["fails", "fails"]
-    of_worlds = [of(world) for of in (study.arms, study.positions) for world in worlds]
-    for lines in (study.summary(rows), *of_worlds, study.table(rows)):
+    for lines in study.blocks(rows):
         assert "\n".join(lines) in RESULTS
 
 

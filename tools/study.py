@@ -15,10 +15,12 @@ import shutil
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
+from support import report
 from support.loading import ROOT
 from support.run_folder import SetupError, is_new, read_log, write_whole
 from tools.sweep import end_with_the_sweep, finished, positive
@@ -31,19 +33,20 @@ FIGURE = os.path.join(ROOT, "figures", "claims.png")
 FEW = "--eval-episodes 36"
 KEYQUEST = f"--env keyquest --eval-every 60 {FEW} --max-tokens 4"
 HIGH = f"{FEW} --lr 1e-3 --kl-coef 0.01"
+FIRST_SEED = 100
 # flags of all runs of a world, the first seed, the number of seeds
 WORLDS = {
-    "short": (f"{KEYQUEST} --tasks short --steps 40", 100, 20),
+    "short": (f"{KEYQUEST} --tasks short --steps 40", FIRST_SEED, 20),
     "coin": (
         f"{KEYQUEST} --tasks coin --reward score --steps 60 --turns 24 --group-size 4 "
         "--lr 3e-3 --kl-coef 0.01",
-        100,
+        FIRST_SEED,
         20,
     ),
-    "scienceworld": (f"--env scienceworld --steps 24 --eval-every 24 {HIGH}", 100, 8),
+    "scienceworld": (f"--env scienceworld --steps 24 --eval-every 24 {HIGH}", FIRST_SEED, 8),
     "alfworld": (
         f"--env alfworld --games generated --steps 24 --eval-every 24 {FEW}",
-        100,
+        FIRST_SEED,
         5,
     ),
 }
@@ -51,9 +54,9 @@ PLAIN = "--entropy-coef 0 --smoothing off"
 BASE = "--smoothing off --entropy-coef"
 # κ_l 0, κ_r 2 and γ 3 are the defaults, which are the paper's
 EPO = "--entropy-coef"
-# the two λ of a world, and the paper's α there
+# of KeyQuest: the two λ of a task type, and the published α
 LAMBDAS = {"short": (0.01, 0.1), "coin": (0.01, 0.03)}
-PAPER_ALPHA = {"short": 0.05, "coin": 0.05, "scienceworld": 0.05, "alfworld": 0.1}
+PAPER_ALPHA = 0.05
 
 
 def keyquest_arms(world):
@@ -63,7 +66,7 @@ def keyquest_arms(world):
         for coefficient in LAMBDAS[world]:
             name = f"{algo}-{{}}-{coefficient}"
             arms[name.format("base")] = f"--algo {algo} {BASE} {coefficient}"
-            for alpha in (PAPER_ALPHA[world], 3):
+            for alpha in (PAPER_ALPHA, 3):
                 flags = f"--algo {algo} {EPO} {coefficient} --alpha {alpha}"
                 arms[name.format(f"epo{alpha}")] = flags
     return arms
@@ -110,7 +113,7 @@ def keyquest_claims(world):
         plain = f"{algo}-plain"
         for coefficient in LAMBDAS[world]:
             base = f"{algo}-base-{coefficient}"
-            published = f"{algo}-epo{PAPER_ALPHA[world]}-{coefficient}"
+            published = f"{algo}-epo{PAPER_ALPHA}-{coefficient}"
             strong = f"{algo}-epo3-{coefficient}"
             claims.append(Claim(1, world, "success", published, plain, 1))
             claims.append(Claim(2, world, "success", strong, plain, 1))
@@ -156,6 +159,8 @@ OUTCOMES = {
     "success": "success in training, last ten steps",
     "highest": "highest H̄, nats",
     "jump": "std(ΔH̄), nats",
+    "iid_after": "IID after",
+    "ood_after": "OOD after",
 }
 
 # ---- Running
@@ -219,8 +224,8 @@ def run_all(runs, jobs):
 
 # of a log, what the claims and the figures of many seeds need
 KEPT = (
-    "step success entropy corridor_low corridor_high above below outside invalid first_entropy "
-    "first_above rest_entropy rest_above iid_success ood_success seconds"
+    "step success score entropy corridor_low corridor_high above below outside invalid "
+    "first_entropy first_above rest_entropy rest_above iid_success ood_success seconds"
 ).split()
 
 
@@ -232,7 +237,7 @@ def tidy(folder):
             shutil.rmtree(path)
         elif name not in ("config.json", "log.jsonl"):
             os.remove(path)
-    if not folder.endswith("-seed100"):
+    if not folder.endswith(f"-seed{FIRST_SEED}"):
         rows = [{name: row[name] for name in KEPT if name in row} for row in read_log(folder)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_whole(os.path.join(folder, "log.jsonl"), lambda file: file.write(lines.encode()))
@@ -243,28 +248,31 @@ def tidy(folder):
 
 
 def outcomes(log):
-    """-> {outcome: number} of a finished run"""
-    rows = [row for row in log if "entropy" in row]
-    entropy = [row["entropy"] for row in rows]
-    success = [row["success"] for row in rows[-10:]]
-    return {
-        "success": sum(success) / len(success),
-        "highest": max(entropy),
-        "jump": float(np.diff(entropy).std()),
-    }
+    """-> {outcome: number} of a finished run; "after" is the evaluation after the last step"""
+    success = [row["success"] for row in log if "success" in row][-10:]
+    numbers = {"success": sum(success) / len(success), **report.summary(log, last=1)}
+    return {name: numbers[name] for name in OUTCOMES}
+
+
+@cache
+def log_of(folder):
+    """`finished`, which several claims ask for."""
+    return finished(folder)
+
+
+def finished_runs(world, arm):
+    """{seed: log} of an arm's finished runs."""
+    _, first, seeds = WORLDS[world]
+    logs = {seed: log_of(folder_of(world, arm, seed)) for seed in range(first, first + seeds)}
+    return {seed: log for seed, log in logs.items() if log}
 
 
 def differences(claim):
     """The arm's outcome minus the baseline's, for each seed of which both runs are finished."""
-    _, first, seeds = WORLDS[claim.world]
-    values = []
-    for seed in range(first, first + seeds):
-        folders = [folder_of(claim.world, arm, seed) for arm in (claim.arm, claim.baseline)]
-        logs = list(map(finished, folders))
-        if all(logs):
-            arm, baseline = (outcomes(log)[claim.outcome] for log in logs)
-            values.append(arm - baseline)
-    return np.array(values)
+    runs = finished_runs(claim.world, claim.arm)
+    others = finished_runs(claim.world, claim.baseline)
+    outcome = lambda log: outcomes(log)[claim.outcome]
+    return np.array([outcome(runs[s]) - outcome(others[s]) for s in runs if s in others])
 
 
 def interval(values, resamples=10_000):
@@ -293,9 +301,13 @@ def decided():
     return rows
 
 
+def worlds_of(rows):
+    return [world for world in WORLDS if any(row[0].world == world for row in rows)]
+
+
 def summary(rows):
     """How many of each claim's places hold, fail, and are undecided, as lines of Markdown."""
-    worlds = [world for world in WORLDS if any(row[0].world == world for row in rows)]
+    worlds = worlds_of(rows)
     yield f"| claim | {' | '.join(worlds)} |"
     yield "|---" * (1 + len(worlds)) + "|"
     for number, sentence in SENTENCES.items():
@@ -320,35 +332,21 @@ def readable(arm):
     return f"{algo.upper()}+{method}, λ {coefficient[0]}" + (f", α {alpha}" if alpha else "")
 
 
-def finished_runs(world, arm):
-    """The logs of an arm's finished runs."""
-    _, first, seeds = WORLDS[world]
-    folders = [folder_of(world, arm, seed) for seed in range(first, first + seeds)]
-    return [log for log in map(finished, folders) if log]
-
-
 def arms_with_runs(world):
     return [arm for arm in (*ARMS[world], GONE[world]) if arm and finished_runs(world, arm)]
 
 
 def arms(world):
     """Means and standard errors of each arm's outcomes, as lines of Markdown."""
-    columns = [*OUTCOMES.values(), "IID after", "OOD after"]
-    yield f"| {world} | seeds | {' | '.join(columns)} |"
-    yield "|---" * (2 + len(columns)) + "|"
+    yield f"| {world} | seeds | {' | '.join(OUTCOMES.values())} |"
+    yield "|---" * (2 + len(OUTCOMES)) + "|"
     for arm in arms_with_runs(world):
-        logs = finished_runs(world, arm)
-        values = [[*outcomes(log).values(), *evaluated(log)] for log in logs]
+        values = [list(outcomes(log).values()) for log in finished_runs(world, arm).values()]
         cells = []
         for numbers in np.array(values).T:
             error = numbers.std(ddof=1) / len(numbers) ** 0.5
             cells.append(f"{numbers.mean():.3f} ±{error:.3f}")
-        yield f"| {readable(arm)} | {len(logs)} | {' | '.join(cells)} |"
-
-
-def evaluated(log):
-    """Success on both splits after the last step, at the evaluations' temperature."""
-    return [log[-1][f"{split}_success"] for split in ("iid", "ood")]
+        yield f"| {readable(arm)} | {len(values)} | {' | '.join(cells)} |"
 
 
 def positions(world):
@@ -361,9 +359,11 @@ def positions(world):
     yield f"| {world} | {' | '.join(columns)} |"
     yield "|---" * 7 + "|"
     for arm in arms_with_runs(world):
-        logs = [[row for row in log if "entropy" in row] for log in finished_runs(world, arm)]
-        mean = lambda name, steps, logs=logs: np.mean(
-            [[row[name] or 0 for row in log[steps]] for log in logs]
+        logs = finished_runs(world, arm).values()
+        # without the row of the last evaluation
+        steps = [[row for row in log if "entropy" in row] for log in logs]
+        mean = lambda name, part, steps=steps: np.mean(
+            [[row[name] for row in log[part]] for log in steps]
         )
         first, second, last, end = slice(0, 1), slice(1, 2), slice(-1, None), slice(-10, None)
         cells = [
@@ -386,6 +386,12 @@ def table(rows):
         cells += [f"{readable(claim.arm)} {relation} {readable(claim.baseline)}", seeds]
         cells += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", word]
         yield f"| {' | '.join(map(str, cells))} |"
+
+
+def blocks(rows):
+    """What docs/results.md has, each as lines of Markdown."""
+    worlds = worlds_of(rows)
+    return [summary(rows), *map(arms, worlds), *map(positions, worlds), table(rows)]
 
 
 # the colour-blind can tell them apart
@@ -441,8 +447,7 @@ def main():
         if args.command == "run":
             return run_all(waiting_runs(args.worlds), args.jobs)
         rows = decided()
-        worlds = [world for world in WORLDS if any(row[0].world == world for row in rows)]
-        for lines in (summary(rows), *map(arms, worlds), *map(positions, worlds), table(rows)):
+        for lines in blocks(rows):
             print("\n".join(lines), end="\n\n")
         if rows:
             draw(rows).savefig(FIGURE)

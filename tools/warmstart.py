@@ -181,11 +181,11 @@ def alfworld_demos(rng):
                 part = chosen[first : first + 32]
                 plans = [useful_actions(world.gold(task) or []) for task in part]
                 cut = [hasty(plan) if rng.random() < 0.6 else plan for plan in plans]
-                # a plan that is cut solves nothing, but its actions are valid
-                fine = lambda last, was_cut: last.success or was_cut and not last.invalid
                 played = zip(plans, cut, play(world, part, cut), strict=True)
                 for plan, actions, (last, past) in played:
-                    if last and fine(last, actions != plan):
+                    # a plan that is cut solves nothing, but its actions are valid
+                    was_cut = actions != plan
+                    if last and (last.success or was_cut and not last.invalid):
                         demos.append(demonstration(world.compact_prompt, past))
     return demos
 
