@@ -136,6 +136,30 @@ def test_page_has_what_the_study_prints():
         assert "\n".join(lines) in RESULTS
 
 
+def test_where_episodes_of_coin_end():
+    """The coin is worth 50 points, the chest 100."""
+    page = " ".join(RESULTS.split())
+    shares = []
+    for algo in ("grpo", "ppo"):
+        logs = study.finished_runs("coin", f"{algo}-plain").values()
+        steps = [row for log in logs for row in log[-11:-1]]
+        mean = lambda name, steps=steps: np.mean([row[name] for row in steps])
+        shares += [(mean("score") - 100 * mean("success")) / 50, mean("success")]
+    text = (
+        "plain GRPO ends {:.2f} of its episodes at the coin and {:.2f} at the chest, "
+        "plain PPO {:.2f} and {:.2f} (last ten steps)"
+    )
+    assert text.format(*shares) in page
+    few = lambda arm: sum(
+        study.outcomes(log)["success"] < 0.05 for log in study.finished_runs("coin", arm).values()
+    )
+    names = ("grpo-base-0.03", "grpo-epo0.05-0.03", "grpo-epo3-0.03", "grpo-plain")
+    text = (
+        "{} of 20 seeds with the bonus alone, in {} with α 0.05, in {} with α 3, and in {} without"
+    )
+    assert text.format(*map(few, names)) in page
+
+
 def test_runs_are_whole_and_those_of_the_protocol():
     """The settings of every committed run are those of its arm."""
     folders = sorted((ROOT / "results" / "study").glob("*/*-seed*"))
