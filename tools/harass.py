@@ -38,7 +38,6 @@ RUNS = {
 }
 # the file that is being written, and the bytes that there is room for
 FULL = {"log.jsonl": 100, "checkpoint.pt": 30_000, "transcripts": 200}
-SAME_HASH_CODES = "-XX:+UnlockExperimentalVMOptions -XX:hashCode=2"
 # a simulator counts as dead after 120 s, so a run that takes as long as this has hung
 PATIENCE = 1200
 
@@ -49,7 +48,6 @@ def begin(folder, flags):
     return subprocess.Popen(
         [sys.executable, "train.py", *arguments, "--out", folder],
         cwd=ROOT,
-        env={**os.environ, "JAVA_TOOL_OPTIONS": SAME_HASH_CODES},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

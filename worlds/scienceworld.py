@@ -21,10 +21,12 @@ from support.run_folder import SetupError, one_line
 # token anyone on the machine could run code through its port.
 GATEWAY = dict(die_on_exit=True, create_new_process_group=True, cwd=tempfile.gettempdir())
 GATEWAY |= dict(enable_auth=True, return_proc=True)
-# a small heap that is given back early: many processes share a machine
-JAVA_OPTIONS = (
-    "-XX:+UseSerialGC -Xmn32m -XX:MinHeapFreeRatio=10 -XX:MaxHeapFreeRatio=20 "
-    "-XX:+ExitOnOutOfMemoryError"
+# a heap that begins small: many processes share a machine
+JAVA_OPTIONS = "-XX:+UseSerialGC -Xms96m -Xmn64m -XX:+ExitOnOutOfMemoryError".split()
+# The simulator lists things in the order of Java's hash codes, which are random in each process.
+# With all of them equal an episode is the same in every process.
+JAVA_OPTIONS += (
+    "-XX:+IgnoreUnrecognizedVMOptions -XX:+UnlockExperimentalVMOptions -XX:hashCode=2"
 ).split()
 
 # "reset task" is not among them: it would start the episode again
@@ -307,6 +309,8 @@ class Simulators:
 
         try:
             sim = self.jvm(slot).load(slot, start)
+            # the list of all tasks: 11 MB that only `load` needs, which makes it anew
+            getattr(sim, "taskMaker_$eq")(None)
             self.goals[slot] = sim.getTaskDescription().removeprefix("Your task is to ").strip()
             # until its first step a simulator still tells the score of the episode before
             return self._state(slot, sim, "", 0, False)
