@@ -2,12 +2,16 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from config import Config, parse_flags
+from support.run_folder import locked, read_log
 from tools import study
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +48,22 @@ def test_arms_seeds_and_claims_are_as_many_as_the_protocol_says():
     numbers = re.findall(r"^(\d)\. ", PROTOCOL, re.M)
     assert [int(number) for number in numbers] == list(study.SENTENCES)
     assert {claim.number for claim in study.CLAIMS} == study.SENTENCES.keys()
+
+
+def test_a_study_that_is_killed_leaves_no_run(tmp_path):
+    folder = str(tmp_path / "run")
+    arguments = ["--env", "keyquest", "--steps", "500", "--out", folder]
+    code = f"from tools import study; study.run_all({{{folder!r}: {arguments}}}, 1)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.time() + 60
+    while not (tmp_path / "run" / "log.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    process.wait(30)
+    # the lock of a folder ends with the process that has it
+    with locked(folder):
+        rows = len(read_log(folder))
+    assert 0 < rows < 500
 
 
 def test_arms_of_every_claim_exist():

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -200,6 +201,8 @@ def waiting_runs(worlds):
 
 
 def run_all(runs, jobs):
+    # also of `kill`, the runs end with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
