@@ -46,7 +46,11 @@ WORLDS = {
         FIRST_SEED,
         20,
     ),
-    "scienceworld": (f"--env scienceworld --steps 24 --eval-every 24 {HIGH} {SMALL}", FIRST_SEED, 8),
+    "scienceworld": (
+        f"--env scienceworld --steps 24 --eval-every 24 {HIGH} {SMALL}",
+        FIRST_SEED,
+        8,
+    ),
     "alfworld": (
         f"--env alfworld --games generated --steps 24 --eval-every 24 {FEW} {SMALL}",
         FIRST_SEED,
