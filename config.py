@@ -18,6 +18,9 @@ from envs import WORLDS
 from epo import beta, smoothing_loss
 from support.run_folder import SetupError, damaged, is_new, read_config
 
+# a CPU has caches for fewer; above them the forward pass also runs twice (support/forward.py)
+TOKENS = 16384 if torch.cuda.is_available() else 4096
+
 
 def option(default, text, **more):
     """A field with its line of help. None means that the setting is decided elsewhere."""
@@ -65,7 +68,7 @@ class Config:
     group_size: int = option(8, "episodes of each task (the GRPO group)")
     temperature: float = option(1.0, "sampling temperature of training")
     minibatches: int = option(2, "updates per step; each takes an equal share of the episodes")
-    tokens_per_batch: int = option(16384, "tokens of a forward pass; it cannot change a gradient")
+    tokens_per_batch: int = option(TOKENS, "tokens of a forward pass; it cannot change a gradient")
     lr: float | None = option(
         None, "peak learning rate; else the model's own, or 5e-6 (the paper), 1e-4 with LoRA"
     )
