@@ -28,9 +28,7 @@ figures: $(VENV)/installed
 	$(VENV)/bin/python -m tools.study claims
 	$(PLOT) --out figures/keyquest $(SHORT)plain-* $(SHORT)epo0.05-0.01-* \
 		$(SHORT)epo0.05-0.1-* $(SHORT)epo3-0.1-*
-	$(PLOT) --out figures/lr1e-3 results/lr1e-3/*plain* results/lr1e-3/*epo* results/lr1e-3-strong
-	$(PLOT) --out figures/lr2e-3 results/lr2e-3/*grpo-plain* results/lr2e-3/*grpo-epo* \
-		results/lr2e-3-lambda results/lr2e-3-strong results/lr2e-3-floor
+	$(PLOT) --out figures/scienceworld results/study/scienceworld/grpo-*
 	$(PLOT) --out figures/smollm2-keyquest GRPO=results/smollm2/keyquest-plain \
 		GRPO+EPO=results/smollm2/keyquest-epo
 	$(PLOT) --out figures/smollm2-scienceworld GRPO+EPO=results/smollm2/scienceworld-epo
