@@ -4,11 +4,9 @@ A reader's new file or other loss needs no change here.
 """
 
 import io
-import itertools
 import json
 import re
 import runpy
-import shlex
 import statistics
 import sys
 from contextlib import redirect_stdout, suppress
@@ -18,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from config import PRESETS, parse_flags
+from config import PRESETS
 from support import report
 from support.report import summary
 from support.run_folder import read_log
-from tools import study, sweep
+from tools import study
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -196,19 +194,9 @@ def logs_of(runs):
     return [read_log(folder) for folder in folders]
 
 
-def spread(values, digits=2):
-    """The mean and its standard error over the seeds, as text."""
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.{digits}f} ±{error:.{digits}f}"
-
-
 def success(logs, split, name):
     """A number of `summary` for each run, such as "best"."""
     return [summary(log, last=2)[f"{split}_{name}"] for log in logs]
-
-
-def both(name):
-    return lambda logs: " / ".join(spread(success(logs, split, name)) for split in SPLITS)
 
 
 def highest(log):
@@ -218,10 +206,6 @@ def highest(log):
 def training(log, steps):
     """The share of training episodes won in some steps, a slice."""
     return statistics.mean([row["success"] for row in log if "success" in row][steps])
-
-
-def last_five(log):
-    return training(log, slice(-5, None))
 
 
 def each_seed(number):
@@ -267,12 +251,7 @@ def core_hours(logs):
 
 # what a column of a table is, from the logs of the runs of its row
 COLUMNS = {
-    "before": both("before"),
-    "Succ.*": both("best"),
-    "Succ.": both("last"),
-    "std(ΔH̄)": lambda logs: spread([summary(log, last=2)["jump"] for log in logs], 3),
     "highest H̄": each_seed(highest),
-    "training, last 5 steps": each_seed(last_five),
     "training, steps 0–9 → 30–39": first_and_last_ten,
     "IID after 0 → 20 → 40 steps": evaluations("iid"),
     "OOD after 0 → 20 → 40 steps": evaluations("ood"),
@@ -330,7 +309,8 @@ def test_the_numbers_of_the_finding():
         "drives entropy to {:.1f} nats and success to {:.2f}.".format(*both("grpo-base-0.1")),
         "the published α these are {:.1f} and {:.2f};".format(*both("grpo-epo0.05-0.1")),
         "α·β_k > 1, they are {:.1f} and {:.2f}.".format(*both("grpo-epo3-0.1")),
-        f"In {n} comparisons with plain GRPO or PPO, EPO won more in {won} and less in {lost};",
+        f"In {n} comparisons with plain GRPO or PPO, EPO won more in {won}, narrowly,",
+        f"and less in {lost}; the others are",
     ):
         assert text in on_one_line(README)
 
@@ -341,57 +321,9 @@ def test_rows_of_the_study_in_the_readme_are_those_of_its_logs():
     assert set(rows) <= set(study.arms("short"))
 
 
-def test_where_the_mean_of_plain_grpo_peaks():
-    logs = logs_of("lr2e-3/tiny-grpo-plain")
-    steps = range(len(logs[0]) - 1)
-    mean = lambda step, name: statistics.mean(log[step][name] for log in logs)
-    peak = max(steps, key=lambda step: mean(step, "entropy"))
-    text = (
-        f"peaks at {mean(peak, 'entropy'):.2f} nats, at step {peak}. That is inside the corridor: "
-        f"the mean cap is {mean(peak, 'corridor_high'):.2f} nats there."
-    )
-    assert text in on_one_line(RESULTS)
-
-
-# plain runs at the default learning rates, and the runs that are compared with them
-COMPARED = {
-    "sweep/tiny-ppo-plain": "sweep/tiny-ppo-epo",
-    "sweep/tiny-grpo-plain": (
-        "sweep/tiny-grpo-base sweep/tiny-grpo-epo sweep/tiny-grpo-indicator sweep-strong"
-    ),
-}
-
-
-def test_none_of_the_early_differences_is_clear():
-    number = 0
-    pairs = [(plain, runs) for plain, others in COMPARED.items() for runs in others.split()]
-    for (plain, runs), split, name in itertools.product(pairs, SPLITS, ("best", "last")):
-        a, b = (success(logs_of(folder), split, name) for folder in (plain, runs))
-        difference = statistics.mean(b) - statistics.mean(a)
-        error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
-        number += 1
-        assert abs(difference) <= 1.3 * error
-    assert f"none of the {number} differences" in on_one_line(RESULTS)
-
-
 def variables(text):
     """The variables of the commands: {name: value}."""
     return dict(re.findall(r'^([A-Z]+)="(.*)"', text, re.M))
-
-
-def test_commands_of_the_sweeps_are_those_of_the_committed_runs(monkeypatch):
-    text = text_of(RESULTS)
-    lines = re.findall(r"^python -m (tools\.sweep .* --out results/.*)", text, re.M)
-    assert len(lines) > 8
-    monkeypatch.chdir(ROOT)
-    for line in lines:
-        for name, value in variables(text).items():
-            line = re.sub(rf"\${name}\b", value, line)
-        monkeypatch.setattr(sys, "argv", shlex.split(line))
-        args, flags = sweep.parse()
-        for preset, seed in itertools.product(args.presets, range(args.seeds)):
-            run = sweep.Run(preset, seed, f"{args.out}/{preset}-seed{seed}")
-            assert sweep.arguments_of(run, flags, parse_flags(flags, None)) is None, run.folder
 
 
 def test_speeds_are_those_of_the_benchmark():

@@ -156,6 +156,36 @@ def test_page_has_what_the_study_prints():
         assert "\n".join(lines) in RESULTS
 
 
+def test_sentences_of_the_short_answer():
+    page, rows = " ".join(RESULTS.split()), study.decided()
+
+    def counts(*numbers):
+        words = [row[-1] for row in rows if row[0].number in numbers]
+        return [len(words), *map(words.count, ("holds", "fails", "undecided"))]
+
+    of_world = {row[0].number: row for row in rows if row[0].world == "scienceworld"}
+    _, _, mean, low, high, _ = of_world[2]
+    assert f"α 3 wins {mean:.3f} more than plain GRPO in training." in page
+    assert f"The interval, {low:.3f} to {high:.3f}, ends near 0" in page
+    assert f"On ScienceWorld EPO with α 3 wins {of_world[8][2]:.3f} more than it." in page
+    total, won, lost, undecided = counts(1)
+    assert (
+        f"In {total} comparisons it wins more in none, less in {lost}, and {undecided} are" in page
+    )
+    assert won == 0
+    total, won, lost, undecided = counts(2)
+    assert f"more in {won} of {total}, less in {lost}, and {undecided} are undecided." in page
+    total, won, lost, _ = counts(3)
+    assert f"costs success** in {won} of {total} comparisons on KeyQuest, and helps in none" in page
+    assert lost == 0
+    total, won, *_ = counts(5)
+    assert f"With α 3 this holds in {won} of {total} comparisons" in page
+    total, won, _, undecided = counts(4)
+    assert f"it holds in none of {total}, and {undecided} are undecided" in page
+    assert won == 0
+    assert f"There are {len(rows)} comparisons here" in page
+
+
 def test_where_episodes_of_coin_end():
     """The coin is worth 50 points, the chest 100."""
     page = " ".join(RESULTS.split())
