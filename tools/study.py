@@ -421,7 +421,7 @@ def draw(rows):
     for (number, outcome), shown in sorted(panels.items()):
         axis = axes.pop(0)
         draw_panel(axis, shown)
-        axis.set_title(f"{number} {SENTENCES[number]}", loc="left")
+        axis.set_title(f"{number} {SENTENCES[number]}", loc="left", fontsize="medium")
         axis.set_xlabel(f"difference of {OUTCOMES[outcome]}")
     for axis in axes:
         axis.remove()
