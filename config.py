@@ -16,10 +16,11 @@ from transformers import HfArgumentParser
 
 from envs import WORLDS
 from epo import beta, smoothing_loss
+from support.forward import RECOMPUTE_ABOVE
 from support.run_folder import SetupError, damaged, is_new, read_config
 
-# a CPU has caches for fewer; above them the forward pass also runs twice (support/forward.py)
-TOKENS = 16384 if torch.cuda.is_available() else 4096
+# a CPU reads as many as it can without running the forward pass twice
+TOKENS = 16384 if torch.cuda.is_available() else RECOMPUTE_ABOVE
 
 
 def option(default, text, **more):

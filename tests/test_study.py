@@ -159,8 +159,8 @@ def test_page_has_what_the_study_prints():
 def test_sentences_of_the_short_answer():
     page, rows = " ".join(RESULTS.split()), study.decided()
 
-    def counts(*numbers):
-        words = [row[-1] for row in rows if row[0].number in numbers]
+    def counts(number):
+        words = [row[-1] for row in rows if row[0].number == number]
         return [len(words), *map(words.count, ("holds", "fails", "undecided"))]
 
     of_world = {row[0].number: row for row in rows if row[0].world == "scienceworld"}

@@ -34,7 +34,7 @@ FIGURE = os.path.join(ROOT, "figures", "claims.png")
 FEW = "--eval-episodes 36"
 KEYQUEST = f"--env keyquest --eval-every 60 {FEW} --max-tokens 4"
 HIGH = f"{FEW} --lr 1e-3 --kl-coef 0.01"
-# smaller than the default, because it is faster on a CPU; it cannot change a gradient
+# small enough for the caches of a CPU; it cannot change a gradient
 SMALL = "--tokens-per-batch 2500"
 FIRST_SEED = 100
 # flags of all runs of a world, the first seed, the number of seeds
