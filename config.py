@@ -312,8 +312,10 @@ def resolve(cfg, policy, world_turns):
     before, tiny, made_for = asdict(cfg), policy.compact, policy.made_for
     cfg.think = cfg.think or made_for["think"]
     policy.think = cfg.think == "on"
-    # an adapter needs a higher rate than all weights do
-    rate = cfg.lora_rank and made_for["lora_lr"] or made_for["lr"]
+    rate = made_for["lr"]
+    # an adapter needs a higher rate than all weights do; a tiny policy's is high enough
+    if cfg.lora_rank:
+        rate = made_for["lora_lr"] or (rate if tiny else None)
     tokens = 24 if tiny else {"on": 512, "off": 32}[cfg.think]
     choices = {
         "turns": made_for["turns"] or world_turns,

@@ -425,7 +425,8 @@ def train(options, config):
 def main():
     try:
         train(*parse(sys.argv[1:]))
-    except (SetupError, OSError) as error:
+    # a flag of TRL's can need a package of its own, such as vLLM
+    except (SetupError, OSError, ImportError) as error:
         sys.exit(f"epo_trl.py: {one_line(error)}")
 
 

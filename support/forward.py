@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from support.run_folder import SetupError
+
 # tokens of a micro-batch; below, a CPU has the memory to keep what the backward pass needs
 RECOMPUTE_ABOVE = 4096
 
@@ -56,7 +58,7 @@ def read_prompts(model, prompts, budget):
     """-> logits (n, V) after each prompt, the cache, its mask (n, L), the last positions (n, 1)
 
     The prompts are padded on the left and read at most `budget` tokens at a time. This and
-    `next_logits` run within `precision(model)`.
+    `next_logits` run within `precision(model)`. Raises SetupError if the policy has diverged.
     """
     cache, shared = read_shared_prefix(model, prompts)
     ids, mask = pad([p[shared:] for p in prompts], model.device, "left")
@@ -72,6 +74,10 @@ def read_prompts(model, prompts, budget):
             position[:, part:until],
             cache,
         )
+    # in float32 a weight can be large and finite still, and a product of two no more
+    if not logits.float().logsumexp(-1).isfinite().all():
+        message = "the policy's logits are not finite: it has diverged"
+        raise SetupError(f"{message}; begin a new run with a lower --lr")
     return logits, cache, mask, position[:, -1:]
 
 

@@ -140,6 +140,20 @@ def test_members_of_a_group_start_alike_and_play_apart(real):
     assert real.reset([task]) == [first]
 
 
+def test_an_episode_that_starts_anew_leaves_the_others_alone():
+    with ALFWorld(games="generated", workers=2) as world:
+        first, second, third = one_of_each_type(world, "iid")[:3]
+        before = world.reset([first, first, second, second])
+        anew = world.restart(2, third)
+        assert anew.goal not in (before[0].goal, before[2].goal)
+        after = world.step({slot: "look" for slot in range(4)})
+        assert after[0].goal == after[1].goal == before[0].goal
+        assert after[0].objects == after[1].objects == before[0].objects
+        assert after[2].objects == anew.objects
+        assert after[3].objects == before[3].objects
+        assert before[0].objects != before[3].objects != anew.objects
+
+
 def test_generated_games_of_each_type_are_solved(generated):
     train, ood = one_of_each_type(generated, "train"), one_of_each_type(generated, "ood")
     tasks = train[:3] + ood[3:]

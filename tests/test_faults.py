@@ -654,6 +654,15 @@ def test_a_row_that_is_not_finite_is_one_line_and_not_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_policy_that_diverged_is_one_line_also_when_resumed(tmp_path):
+    """Its loss and its weights are finite still, and the products of its weights are not."""
+    out = tmp_path / "diverged"
+    flags = [*SMALL, "--lr", "1e6", "--warmup", "0", "--reward", "score", "--out", out]
+    lower = "it has diverged; begin a new run with a lower --lr"
+    refuses(train, *flags, says=lower)
+    refuses(train, "--resume", "--out", out, says=lower)
+
+
 # ---- hostile folders and games
 
 

@@ -25,6 +25,7 @@ import config
 import update
 from critic import Critic, update_critic
 from rollout import Turn, collect, generate, response_states, score_tokens
+from support import forward
 from support.learner import Learner
 from support.loading import ROOT, load_policy, trained
 from support.report import progress
@@ -182,15 +183,23 @@ def test_a_sliding_window_shares_no_prefix(tokens_per_batch, tmp_path):
     assert (logp - torch.tensor([x for t in turns for x in t.logp])).abs().max() < 1e-4
 
 
-def test_gradient_checkpointing_changes_no_gradient_and_dropout_is_off(folder):
+def test_gradient_checkpointing_changes_no_gradient_and_dropout_is_off(folder, monkeypatch):
+    """As on a GPU. On a CPU a batch as small as this one is read once."""
+    monkeypatch.setattr(forward, "RECOMPUTE_ABOVE", 0)
     policy = load_policy(folder, "keyquest")
     policy.reference = copy.deepcopy(policy.model).requires_grad_(False)
     episodes = play(policy)
     move(policy)
     assert policy.model.is_activation_checkpointing
+    layer, times = policy.model.base_model.layers[0], []
+    layer.self_attn.register_forward_hook(lambda *_: times.append(torch.is_grad_enabled()))
     with_it, log = gradient(policy, episodes)
+    recomputed = len(times)
+    times.clear()
     policy.model.activation_checkpointing_disable()
     without, _ = gradient(policy, episodes)
+    assert policy.model.base_model.training
+    assert recomputed > len(times) > 0
     assert log["kl"] > 0 and all(torch.allclose(with_it[n], without[n], atol=1e-6) for n in without)
     assert max(g.abs().max() for g in without.values()) > 1e-3
 

@@ -1,7 +1,9 @@
 """The study: arms and claims are those of the protocol, intervals and verdicts are right."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from config import Config, parse_flags
-from support.run_folder import locked, read_log
+from support.run_folder import SetupError, locked, read_log
 from tools import study
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +66,35 @@ def test_a_study_that_is_killed_leaves_no_run(tmp_path):
     with locked(folder):
         rows = len(read_log(folder))
     assert 0 < rows < 500
+
+
+def test_a_study_goes_on_with_its_own_runs_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "FOLDER", str(tmp_path))
+    monkeypatch.setitem(study.WORLDS, "short", (study.WORLDS["short"][0], 100, 1))
+    monkeypatch.setitem(study.ARMS, "short", {"grpo-plain": study.ARMS["short"]["grpo-plain"]})
+    (folder,) = study.waiting_runs(["short"])
+    whole = ROOT / "results" / "study" / "short" / "grpo-plain-seed100"
+    shutil.copytree(whole, folder)
+    assert study.waiting_runs(["short"]) == {}
+    # killed when it was finished, and before it was tidied
+    for leftover in (Path(folder) / "checkpoint.pt", Path(f"{folder}.txt")):
+        leftover.write_text("")
+    assert study.waiting_runs(["short"]) == {}
+    assert sorted(os.listdir(folder)) == ["config.json", "log.jsonl"]
+    # killed before it was finished
+    log = Path(folder) / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
+    assert study.waiting_runs(["short"]) == {folder: ["--resume", "--out", folder]}
+    flags = study.WORLDS["short"][0] + " --lr 0.1"
+    monkeypatch.setitem(study.WORLDS, "short", (flags, 100, 1))
+    with pytest.raises(SetupError, match="has --lr 0.003, not 0.1"):
+        study.waiting_runs(["short"])
+
+
+def test_a_failed_run_of_the_study_is_counted(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert study.run_all({folder: ["--env", "nowhere"]}, 1) == 1
+    assert "failed; see" in capsys.readouterr().err
 
 
 def test_arms_of_every_claim_exist():
@@ -167,19 +198,33 @@ def test_sentences_of_the_short_answer():
     _, _, mean, low, high, _ = of_world[2]
     assert f"α 3 wins {mean:.3f} more than plain GRPO in training." in page
     assert f"The interval, {low:.3f} to {high:.3f}, ends near 0" in page
+    (alfworld,) = [row[2] for row in rows if row[0][:2] == (2, "alfworld")]
+    assert f"On ALFWorld the same arm wins {-alfworld:.3f} less." in page
     assert f"On ScienceWorld EPO with α 3 wins {of_world[8][2]:.3f} more than it." in page
     total, won, lost, undecided = counts(1)
     assert (
         f"In {total} comparisons it wins more in none, less in {lost}, and {undecided} are" in page
     )
     assert won == 0
-    total, won, lost, undecided = counts(2)
-    assert f"more in {won} of {total}, less in {lost}, and {undecided} are undecided." in page
+    total, won, more_lost, undecided = counts(2)
+    assert f"more in {won} of {total}, less in {more_lost}, and {undecided} are undecided." in page
+    large = [row for row in rows if row[0].number in (1, 2) and row[-1] == "fails"]
+    large = [row for row in large if row[0].arm.endswith(("-0.1", "-0.03"))]
+    text = f"Of the {lost + more_lost} losses, {len(large)} are in KeyQuest with a λ that is 30 or"
+    assert text in page
+    papers = [row[-1] for row in rows if row[0].number == 1 and row[0].arm.endswith("-0.001")]
+    assert papers == ["undecided"] * 3
+    assert f"With the paper's own λ, all {len(papers)} comparisons are undecided." in page
     total, won, lost, _ = counts(3)
     assert f"costs success** in {won} of {total} comparisons on KeyQuest, and helps in none" in page
     assert lost == 0
     total, won, *_ = counts(5)
     assert f"With α 3 this holds in {won} of {total} comparisons" in page
+    for outcome, text in (("highest", "has a lower highest entropy in"), ("jump", "jumps in none")):
+        words = [row[-1] for row in rows if row[0].number == 6 and row[0].outcome == outcome]
+        assert f"{text} {words.count('holds') or ''} of {len(words)}".replace("  ", " ") in page
+    doubtful = len(list(study.weak(rows))) - 2
+    assert f"which is wider, these {doubtful} verdicts would be undecided" in page
     total, won, _, undecided = counts(4)
     assert f"it holds in none of {total}, and {undecided} are undecided" in page
     assert won == 0

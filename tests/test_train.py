@@ -3,6 +3,7 @@ for bad input."""
 
 import contextlib
 import copy
+import inspect
 import io
 import json
 import math
@@ -147,6 +148,26 @@ def test_an_episode_that_dies_early_never_beats_its_group_for_being_short():
     assert won[7].tolist() == pytest.approx([failure], abs=1e-6)
     assert won[2].tolist() == pytest.approx([failure - 0.01] * 12, abs=1e-6)
     assert won[0][-1].item() == pytest.approx(7 * -failure, abs=1e-5)
+
+
+def test_returns_by_hand():
+    """1 for success; with `--reward score` the points, of which a wrong focus leaves none."""
+    episodes = played([2, 3, 1], [0, 0, 0], wins=(1,))
+    for episode, score in zip(episodes, (50, 100, -100)):
+        episode.score = score
+    assert train.episode_returns(episodes, config.Config()).tolist() == [0, 1, 0]
+    scores = config.Config(reward="score")
+    assert train.episode_returns(episodes, scores).tolist() == [0.5, 1, 0]
+
+
+def test_ppo_normalises_with_the_weights_of_eq_2():
+    """Raw advantages 0 in one turn and 1 in three: an episode counts once, however long it is."""
+    owner = torch.tensor([0, 1, 1, 1])
+    values, returns = torch.tensor([0.0, -1.0, -1.0, -1.0]), torch.tensor([0.0, 0.0])
+    advantages, targets = train.ppo_advantages(values, returns, owner, config.Config())
+    # the mean is 1/2 and so is the standard deviation; by turns the mean would be 3/4
+    assert advantages.tolist() == pytest.approx([-1, 1, 1, 1], abs=1e-5)
+    assert targets.tolist() == [0, 0, 0, 0]
 
 
 def test_episodes_that_failed_early_are_counted():
@@ -814,6 +835,10 @@ def test_every_option_is_used():
     files = ["config.py", "train.py", "update.py", "critic.py", "envs.py"]
     files += ["support/learner.py", "support/loading.py"]
     source = "".join(open(os.path.join(ROOT, name)).read() for name in files)
+    # to check a value is not to use it
+    check = inspect.getsource(config.check)
+    assert source.count(check) == 1
+    source = source.replace(check, "")
     to_the_loss = config.settings_of(config.Config(), epo_loss)
     read = lambda name: re.search(rf"cfg\.{name}\b", source) or name in to_the_loss
     # the preset is read from the command line alone, before there is a Config

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import pytest
@@ -499,6 +500,8 @@ def test_main_trains_and_resumes(tmp_path, run):
         (f"--model {ROOT}/models/keyquest", "no chat template"),
         ("--tasks tiny", "unknown KeyQuest task 'tiny'"),
         ("--output_dir missing --resume", "no checkpoint in missing"),
+        # a flag of TRL's that needs a package of its own
+        *([] if find_spec("vllm") else [("--use_vllm", "vLLM")]),
     ],
 )
 def test_main_refuses_what_can_not_work_in_one_line(run, capsys, flags, words):

@@ -16,7 +16,7 @@ from envs import WORLDS, ScienceWorld, world_class
 from rollout import Policy, Turn, response_states, score_tokens
 from support import forward, report
 from support.loading import ROOT, load_policy, made_for, save_model
-from tools import chat_warmstart
+from tools import chat_warmstart, warmstart
 from worlds.chat import ACTION_ALONE, THINK_FIRST
 from worlds.keyquest import KeyQuest
 
@@ -113,6 +113,8 @@ def test_models_of_one_and_a_half_billion_parameters_think_and_smaller_ones_do_n
         ({"think": "off"}, {"think": "on", "lora_rank": 8}, ("on", 512, 1e-4)),
         ({"think": "off", "lora_lr": 5e-4, "lr": 2e-5}, {}, ("off", 32, 2e-5)),
         ({"think": "off", "lora_lr": 5e-4}, {"lora_rank": 8}, ("off", 32, 5e-4)),
+        # the rate of all its weights says nothing about an adapter's
+        ({"think": "off", "lr": 5e-6}, {"lora_rank": 8}, ("off", 32, 1e-4)),
         ({"think": "off", "max_tokens": 16}, {"lr": 0.1}, ("off", 16, 0.1)),
     ],
 )
@@ -251,6 +253,17 @@ def test_cloning_goes_on_after_a_kill_and_lowers_the_loss(folder, tmp_path, monk
     assert (asked.think, asked.tasks, asked.turns) == ("off", ["short"], 3)
     refused = run("tools.warmstart", *arguments, "--out", out)
     assert refused.returncode and "exists already" in refused.stderr
+
+
+def test_without_a_demonstration_there_is_no_clone(folder, tmp_path, monkeypatch):
+    out = str(tmp_path / "clone")
+    arguments = ["--env", "keyquest", "--measure", "none", "--model", folder, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["warmstart", *arguments])
+    # as of games that nobody can win
+    monkeypatch.setattr(chat_warmstart, "solutions", lambda world, tasks: [])
+    with pytest.raises(SystemExit, match="^warmstart.py: none of the demonstrations"):
+        warmstart.main()
+    assert not os.path.exists(out)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -22,7 +22,7 @@ from config import Config, check, resolve, task_names
 from envs import ALFWorld, ScienceWorld, make_world
 from rollout import Turn, micro_batches
 from support.loading import choose_device, load_policy, save_model, trained
-from support.report import progress
+from support.report import progress, two_digits
 from support.run_folder import (
     SetupError,
     load_checkpoint,
@@ -120,6 +120,8 @@ def begin_or_resume(policy, world, args, cfg):
     if args.measure == "both":
         state["result"]["before"] = measured(policy, world, cfg, 0)
     state["turns"] = demonstrate(policy, world, args.demos, cfg.seed) if args.epochs else []
+    if args.epochs and not state["turns"]:
+        raise SetupError("none of the demonstrations reaches its goal; give more --demos")
     save(policy, state, cfg)
     return state
 
@@ -133,7 +135,7 @@ def measured(policy, world, cfg, step):
     """Success and the share of valid turns on both splits."""
     tasks = {split: draw(world.tasks(split), cfg.eval_episodes, 0) for split in ("iid", "ood")}
     row = evaluate(world, policy, tasks, cfg, step)
-    number = lambda split, what: f"{row[f'{split}_{what}']:.2f}"
+    number = lambda split, what: two_digits(row[f"{split}_{what}"])
     shares = [f"{split.upper()} {number(split, 'success')}" for split in tasks]
     invalid = [f"{split.upper()} {number(split, 'invalid')}" for split in tasks]
     when = "after" if step else "before"
@@ -218,13 +220,18 @@ def add_gradient(policy, turns, batch, budget):
 
 
 def finish(policy, settings, result, unfinished, args):
-    """Write the model, put what was measured beside it, and remove the unfinished folder."""
+    """Write the model with what was measured beside it, and remove the unfinished folder.
+
+    The folder appears whole and at once; killed before that, the same command goes on.
+    """
+    whole = os.path.join(unfinished, "whole")
+    shutil.rmtree(whole, ignore_errors=True)
+    os.makedirs(whole)
     if args.epochs:
-        save_model(policy, settings, args.out)
-    else:
-        os.makedirs(args.out)
-    write_json(os.path.join(args.out, "warmstart.json"), result)
+        save_model(policy, settings, whole)
+    write_json(os.path.join(whole, "warmstart.json"), result)
     transcripts = os.path.join(unfinished, "transcripts")
-    shutil.move(transcripts, os.path.join(args.out, "transcripts"))
+    shutil.copytree(transcripts, os.path.join(whole, "transcripts"))
+    os.rename(whole, args.out)
     shutil.rmtree(unfinished)
     print(f"wrote {args.out}")

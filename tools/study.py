@@ -21,10 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from config import Config, parse_flags
 from support import report
 from support.loading import ROOT
-from support.run_folder import SetupError, is_new, read_log, write_whole
-from tools.sweep import end_with_the_sweep, finished, positive
+from support.run_folder import SetupError, is_new, read_config, read_log, write_whole
+from tools.sweep import end_with_the_sweep, finished, positive, refuse_other_settings
 
 FOLDER = os.path.join(ROOT, "results", "study")
 FIGURE = os.path.join(ROOT, "figures", "claims.png")
@@ -188,7 +189,10 @@ def train_in_this_process(arguments, printed):
 
 
 def waiting_runs(worlds):
-    """{folder: arguments} of what is not finished, all arms of a seed before the next seed."""
+    """{folder: arguments} of what is not finished, all arms of a seed before the next seed.
+
+    A finished run that a kill left untidy is tidied. Raises SetupError for other settings.
+    """
     runs = {}
     for world in worlds:
         flags, first, seeds = WORLDS[world]
@@ -200,17 +204,22 @@ def waiting_runs(worlds):
                 if is_new(folder):
                     runs[folder] = arguments
                 elif not finished(folder):
+                    cfg = Config(**parse_flags(arguments, None))
+                    refuse_other_settings(cfg, read_config(folder))
                     runs[folder] = ["--resume", "--out", folder]
+                elif os.path.exists(os.path.join(folder, "checkpoint.pt")):
+                    tidy(folder)
     return runs
 
 
 def run_all(runs, jobs):
+    """Make the runs, some at a time -> how many failed."""
     # also of `kill`, the runs end with it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
-    running, waiting = {}, list(runs.items())
+    running, waiting, failed = {}, list(runs.items()), 0
     while waiting or running:
         while waiting and len(running) < jobs:
             folder, arguments = waiting.pop(0)
@@ -225,10 +234,12 @@ def run_all(runs, jobs):
                 continue
             del running[folder]
             if process.exitcode:
+                failed += 1
                 print(f"study.py: {folder} failed; see {folder}.txt", file=sys.stderr)
             else:
                 tidy(folder)
                 print(f"{folder}: {len(waiting)} runs wait", flush=True)
+    return failed
 
 
 # of a log, what the claims and the figures of many seeds need
@@ -290,6 +301,22 @@ def interval(values, resamples=10_000):
     means = rng.choice(values, (resamples, len(values))).mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return values.mean(), low, high
+
+
+# the 97.5th percentile of Student's t, by the number of seeds
+STUDENT = {5: 2.776, 8: 2.365, 20: 2.093}
+
+
+def interval_by_t(claim):
+    """-> a 95 % interval of Student's t for the same differences, wider where seeds are few
+
+    None if the arms are not complete.
+    """
+    values = differences(claim)
+    if len(values) not in STUDENT:
+        return None
+    half = STUDENT[len(values)] * values.std(ddof=1) / len(values) ** 0.5
+    return values.mean() - half, values.mean() + half
 
 
 def verdict(claim, low, high):
@@ -397,10 +424,24 @@ def table(rows):
         yield f"| {' | '.join(map(str, cells))} |"
 
 
+def weak(rows):
+    """The verdicts that an interval of Student's t leaves undecided, as lines of Markdown."""
+    yield "| claim | world | outcome | seeds | verdict | difference [bootstrap] | [Student's t] |"
+    yield "|---|---|---|---|---|---|---|"
+    for claim, seeds, mean, low, high, word in rows:
+        by_t = interval_by_t(claim)
+        if word == "undecided" or by_t is None or verdict(claim, *by_t) == word:
+            continue
+        cells = [f"{claim.number}, {readable(claim.arm)}", claim.world, claim.outcome, seeds, word]
+        cells += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "[{:+.3f}, {:+.3f}]".format(*by_t)]
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
 def blocks(rows):
     """What docs/results.md has, each as lines of Markdown."""
     worlds = worlds_of(rows)
-    return [summary(rows), *map(arms, worlds), *map(positions, worlds), table(rows)]
+    of_worlds = [*map(arms, worlds), *map(positions, worlds)]
+    return [summary(rows), weak(rows), *of_worlds, table(rows)]
 
 
 # the colour-blind can tell them apart
@@ -454,7 +495,7 @@ def main():
     args = parser.parse_args()
     try:
         if args.command == "run":
-            return run_all(waiting_runs(args.worlds), args.jobs)
+            sys.exit(1 if run_all(waiting_runs(args.worlds), args.jobs) else 0)
         rows = decided()
         for lines in blocks(rows):
             print("\n".join(lines), end="\n\n")

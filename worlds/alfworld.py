@@ -86,7 +86,7 @@ class Workers:
         return answers[0] if answers and isinstance(answers[0], list) else None
 
     def prefetch(self, games):
-        """Begin `reset` in the background."""
+        """Begin `reset` in the background. Until then, nothing else may be asked."""
         # what was prefetched for other games is dropped
         self._collect()
         # the members of a group share a worker: what it has read once serves them all
@@ -111,8 +111,11 @@ class Workers:
         return [answers[worker][number] for worker, number in homes]
 
     def restart(self, slot, game):
-        worker, number = slot % len(self.workers), slot // len(self.workers)
-        self.homes[slot] = worker, number
+        if slot not in self.homes:
+            worker = slot % len(self.workers)
+            taken = [number for other, number in self.homes.values() if other == worker]
+            self.homes[slot] = worker, max(taken, default=-1) + 1
+        worker, number = self.homes[slot]
         # a worker that died has a successor
         for _ in range(2):
             if answers := self._ask({worker: [("load", number, game)]})[worker]:

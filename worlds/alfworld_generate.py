@@ -12,8 +12,8 @@ goal pairs (an object type and the receptacle type it must get to, or the lamp),
 training.
 """
 
+import argparse
 import random
-import sys
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -366,6 +366,9 @@ class Solver:
 
 
 if __name__ == "__main__":
-    split, name, index = sys.argv[1:]
-    game = generate(split, name, int(index))
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("split", choices=tuple(SIZES))
+    parser.add_argument("name", choices=sorted(rules().kinds))
+    parser.add_argument("index", type=int)
+    game = generate(**vars(parser.parse_args()))
     print(game["room"], game["goal"], *game["walkthrough"], sep="\n")
