@@ -297,6 +297,25 @@ def test_output_of_the_main_command_is_that_of_its_log():
     assert f"{report.line(log[-1])}\n{quoted}\n" in text_of(README)
 
 
+@pytest.mark.parametrize(
+    "where, first, others",
+    [
+        ("ScienceWorld", "make-train", "scienceworld"),
+        ("generated games of ALFWorld", "alfworld-generated-seed0", "alfworld-generated"),
+        ("real games of ALFWorld", "alfworld-real-seed0", "alfworld-real"),
+    ],
+)
+def test_the_rises_of_the_main_command(where, first, others):
+    logs = [logs_of(run)[0] for run in (first, f"{others}-seed1", f"{others}-seed2")]
+    text = f"- On {where} "
+    for split, words in (("iid", "IID rises from {} to {} and "), ("ood", "OOD from {} to {}.")):
+        shares = [statistics.mean(success(logs, split, name)) for name in ("before", "after")]
+        text += words.format(*(f"{share * 100:.0f} %" for share in shares))
+        error = sum(share * (1 - share) / (3 * 128) for share in shares) ** 0.5
+        assert f"{error:.2f}" == "0.03"
+    assert text in on_one_line(RESULTS)
+
+
 def test_the_policy_loss_is_as_small_as_the_page_says():
     assert "`policy_loss` is below 0.01 in every step" in on_one_line(ROOT / "docs" / "metrics.md")
     for run in ("make-train", "alfworld-real-seed0"):
