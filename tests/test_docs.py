@@ -361,7 +361,12 @@ def test_speeds_are_those_of_the_benchmark():
     *_, fast, usual = bench["alfworld"]
     single, padded, growing, ours = (row["turns/s"] for row in bench["rollout"])
     direct, trl, chunks = bench["loss"]
+    small, large = (row for row in bench["step"] if row["episodes"] in (8, 64))
+    share = lambda part: f"{large[part] / large['step'] * 100:.0f} %"
     for claim in (
+        f"takes {small['step']:.1f} s for 8 episodes of up to 12 turns, and {large['step']:.0f} s",
+        f"the update takes {share('train')}, the simulator {share('environment')}, and generation",
+        f"generation {share('generate')}.",
         f"{compact['turns/s']:.0f} turns/s, {compact['MB']:.0f} MiB",
         f"{stock['turns/s']:.1f} turns/s, {stock['MB for 32 (extrapolated)']:,.0f} MiB",
         f"{compact['speed']:.0f} × the speed",
