@@ -1,4 +1,5 @@
 import os
+import signal
 import time
 
 import pytest
@@ -9,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # the models are tiny: a second thread only gets in the way of the simulators
 os.environ["OMP_NUM_THREADS"] = "1"
+# what a shell starts in the background ignores Ctrl-C, and so would the programs that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402
 
