@@ -170,6 +170,69 @@ def test_ppo_normalises_with_the_weights_of_eq_2():
     assert targets.tolist() == [0, 0, 0, 0]
 
 
+def test_the_reward_of_ppo_is_at_the_last_turn_alone():
+    """γ = λ = 1: what each turn is to predict is the return of its episode."""
+    owner, values = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0.5, 0.25, 0.75, 0.5, 0.0])
+    returns = torch.tensor([1.0, 0.0])
+    _, targets = train.ppo_advantages(values, returns, owner, config.Config())
+    assert targets.tolist() == pytest.approx([1, 1, 0, 0, 0])
+    # γ = 1/2, λ = 0: the next value, halved, and at the last turn the reward
+    nearer = config.Config(algo="ppo", discount=0.5, gae_lambda=0.0)
+    _, targets = train.ppo_advantages(values, returns, owner, nearer)
+    assert targets.tolist() == pytest.approx([0.125, 1, 0.25, 0, 0])
+
+
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_an_invalid_turn_of_a_step_has_a_lower_advantage(algo, tmp_path, monkeypatch):
+    """All that differs between the turns of a new PPO policy's episode, or of any of GRPO's."""
+    batches = []
+
+    def keep(turns, owner, advantages, cfg):
+        batches.append((turns, owner, advantages))
+        return update.make_batch(turns, owner, advantages, cfg)
+
+    monkeypatch.setattr(train, "make_batch", keep)
+    flags = f"--algo {algo} --temperature 3 --steps 1 --out {tmp_path}/run".split()
+    train.train(config.Config(**config.parse_flags([*SMALL, *flags], None)))
+    ((turns, owner, advantages),) = batches
+    invalid = torch.tensor([turn.invalid for turn in turns])
+    both = 0
+    for i in range(int(owner.max()) + 1):
+        of_valid, of_invalid = (
+            advantages[(owner == i) & ~invalid],
+            advantages[(owner == i) & invalid],
+        )
+        if len(of_valid) and len(of_invalid):
+            both += 1
+            assert (of_valid - of_valid[0]).abs().max() < 1e-6
+            assert (of_invalid - (of_valid[0] - 0.01)).abs().max() < 1e-6
+    assert both > 0
+
+
+def test_each_use_of_chance_has_a_seed_of_its_own():
+    seeds = {
+        train.seed_of(config.Config(seed=seed), step, purpose)
+        for seed in range(3)
+        for step in range(5)
+        for purpose in ("train", "iid", "ood")
+    }
+    assert len(seeds) == 3 * 5 * 3
+
+
+def test_shares_of_tokens_by_hand():
+    """Old log-prob 0; ratios of 1, 1.5 and 0.5; the corridor is from 0.25 to 1 nats."""
+    x = lambda *values: torch.tensor(values)
+    none = torch.zeros(3)
+    weights = x(0.5, 0.3, 0.2)
+    batch = update.Batch(none, none, none, none, none, none, none, weights)
+    cfg = config.Config(kappa_l=0.5, kappa_r=2.0)
+    logp, entropy = x(1.0, 1.5, 0.5).log(), x(0.1, 1.5, 0.5)
+    _, terms = update.batch_loss(logp, entropy, batch, None, 0.5, 1.5, cfg)
+    assert terms["below"] == pytest.approx(0.5)
+    assert terms["above"] == pytest.approx(0.3)
+    assert terms["clip_fraction"] == pytest.approx(0.3 + 0.2)
+
+
 def test_episodes_that_failed_early_are_counted():
     episodes = played([12, 1, 5, 12], [0, 0, 2, 3], wins=(2,))
     assert train.episode_metrics(episodes, 12)["failed_early"] == 0.25
@@ -447,7 +510,11 @@ def test_the_log_of_a_run(finished):
     assert log[0]["beta"] == 2 and log[2]["beta"] == pytest.approx(1 + math.exp(-3), rel=5e-6)
     assert len(log[0]["entropy_by_turn"]) == 8 and log[0]["clip_fraction"] < 0.2
     assert json.load(open(os.path.join(out, "config.json")))["turns"] == 8
-    assert len(json.load(open(os.path.join(out, "tasks.json")))["ood"]) == 6
+    drawn = json.load(open(os.path.join(out, "tasks.json")))
+    for split, tasks in drawn.items():
+        assert len(tasks) == 6
+        # the splits of KeyQuest have no task in common
+        assert {Task(*task) for task in tasks} <= set(KeyQuest().tasks(split))
     assert "step   3" in printed and "evaluation: IID" in printed
     text = open(os.path.join(out, "transcripts", "step-0004.txt")).read()
     assert "[ood] task short" in text and "--- turn 1" in text
