@@ -244,6 +244,8 @@ def test_prompts_hold_what_is_needed_to_act(generated):
         assert len(compact) < 500 and "left " in compact
         assert rules["content"].startswith(generated.chat_rules)
         assert action in chat and "help" not in chat
+        # the last two turns, as the paper
+        assert chat.count("Earlier observation: ") == min(len(past), 2)
         verb, _, rest = action.partition(" ")
         if verb == "take":
             # the agent saw it, and where
