@@ -246,6 +246,8 @@ def test_prompts_hold_what_is_needed_to_act(generated):
         assert action in chat and "help" not in chat
         # the last two turns, as the paper
         assert chat.count("Earlier observation: ") == min(len(past), 2)
+        actions = [line for line in chat.splitlines() if line.startswith("Your action then: ")]
+        assert actions == [f"Your action then: {action}" for _, action in past[-2:]]
         verb, _, rest = action.partition(" ")
         if verb == "take":
             # the agent saw it, and where

@@ -332,14 +332,14 @@ def test_the_numbers_of_the_finding():
     n, won, lost = len(words), words.count("holds"), words.count("fails")
     lost_arms = [row[0].arm for row in study.decided() if row[0].number in (1, 2)]
     lost_arms = [arm for arm, word in zip(lost_arms, words, strict=True) if word == "fails"]
-    large = sum(arm.endswith(("-0.1", "-0.03")) for arm in lost_arms)
+    assert all(0.02 <= float(arm.split("-")[2]) <= 0.1 for arm in lost_arms)
     for text in (
-        "its entropy is {:.1f} nats at most, and it wins {:.2f}".format(*both("grpo-plain")),
+        "its highest entropy is {:.1f} nats, and it wins {:.2f}".format(*both("grpo-plain")),
         "drives entropy to {:.1f} nats and success to {:.2f}.".format(*both("grpo-base-0.1")),
         "the published α these are {:.1f} and {:.2f};".format(*both("grpo-epo0.05-0.1")),
         "α·β_k > 1, they are {:.1f} and {:.2f}.".format(*both("grpo-epo3-0.1")),
         f"In {n} comparisons with plain GRPO or PPO, EPO won more in {won}, narrowly,",
-        f"and less in {lost} ({large} with 30 or 100 times the paper's λ); the others are",
+        f"and less in {lost} (all with 20 to 100 times the paper's λ); the others are",
     ):
         assert text in on_one_line(README)
 

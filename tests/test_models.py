@@ -265,6 +265,10 @@ def test_the_critic_is_a_second_adapter_and_the_two_do_not_mix(folder):
     assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters() if n in before)
     values = critic.values(turns, 10**6)
     assert torch.allclose(values, critic.values(turns, 300), atol=1e-5) and values.abs().max() > 0
+    with torch.no_grad(), critic.adapter():
+        assert torch.allclose(values, critic(turns), atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(values, critic(turns), atol=1e-3)
     taken, _ = gradient(policy, episodes, kl_coef=0.1)
     assert taken.keys() == trained(policy.model).keys(), (
         "after the critic's turn the policy's adapter learns again"

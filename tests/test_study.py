@@ -199,8 +199,12 @@ def test_sentences_of_the_short_answer():
     assert f"α 3 wins {mean:.3f} more than plain GRPO in training." in page
     assert f"The interval, {low:.3f} to {high:.3f}, ends near 0" in page
     (alfworld,) = [row[2] for row in rows if row[0][:2] == (2, "alfworld")]
-    assert f"On ALFWorld the same arm wins {-alfworld:.3f} less." in page
-    assert f"On ScienceWorld EPO with α 3 wins {of_world[8][2]:.3f} more than it." in page
+    assert f"On ALFWorld the same arm wins {-alfworld:.3f} less, which Student's t" in page
+    after = of_world[8][0]._replace(outcome="iid_after")
+    _, _, high = study.interval(study.differences(after))
+    less = -study.differences(after).mean()
+    text = f"wins {of_world[8][2]:.3f} more than it in training, and {less:.3f} less in the IID"
+    assert text in page and high < 0
     total, won, lost, undecided = counts(1)
     assert (
         f"In {total} comparisons it wins more in none, less in {lost}, and {undecided} are" in page
@@ -216,11 +220,14 @@ def test_sentences_of_the_short_answer():
     assert papers == ["undecided"] * 3
     assert f"With the paper's own λ, all {len(papers)} comparisons are undecided." in page
     total, won, lost, _ = counts(3)
-    assert f"costs success** in {won} of {total} comparisons on KeyQuest, and helps in none" in page
+    assert (
+        f"costs success in training** in {won} of {total} comparisons on KeyQuest, and helps"
+        in page
+    )
     assert lost == 0
     total, won, *_ = counts(5)
     assert f"With α 3 this holds in {won} of {total} comparisons" in page
-    for outcome, text in (("highest", "has a lower highest entropy in"), ("jump", "jumps in none")):
+    for outcome, text in (("highest", "it is lower in"), ("jump", "jumps are smaller in none")):
         words = [row[-1] for row in rows if row[0].number == 6 and row[0].outcome == outcome]
         assert f"{text} {words.count('holds') or ''} of {len(words)}".replace("  ", " ") in page
     doubtful = len(list(study.weak(rows))) - 2
@@ -229,6 +236,16 @@ def test_sentences_of_the_short_answer():
     assert f"it holds in none of {total}, and {undecided} are undecided" in page
     assert won == 0
     assert f"There are {len(rows)} comparisons here" in page
+
+
+def test_on_keyquest_epo_has_more_entropy_than_plain():
+    mean = lambda world, arm: np.mean(
+        [study.outcomes(log)["highest"] for log in study.finished_runs(world, arm).values()]
+    )
+    arms = [(world, arm) for world in ("short", "coin") for arm in study.ARMS[world]]
+    arms = [(world, arm) for world, arm in arms if "-epo" in arm]
+    assert all(mean(world, arm) > mean(world, f"{arm[:4].strip('-')}-plain") for world, arm in arms)
+    assert f"above plain's in the means of all {len(arms)} arms" in " ".join(RESULTS.split())
 
 
 def test_where_episodes_of_coin_end():
@@ -249,6 +266,8 @@ def test_where_episodes_of_coin_end():
         study.outcomes(log)["success"] < 0.05 for log in study.finished_runs("coin", arm).values()
     )
     names = ("grpo-base-0.03", "grpo-epo0.05-0.03", "grpo-epo3-0.03", "grpo-plain")
+    of_ppo = [few(name.replace("grpo", "ppo")) for name in names]
+    assert "any term; PPO in {}, {}, {} and {}.".format(*of_ppo) in page
     text = (
         "{} of 20 seeds with the bonus alone, in {} with α 0.05, in {} with α 3, and in {} without"
     )

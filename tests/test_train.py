@@ -361,6 +361,12 @@ def test_gradient_is_that_of_the_direct_formula(batch):
     ) < 1e-6
 
 
+def test_the_gradient_is_clipped(batch):
+    (clipped,), log = gradient(batch, grad_clip=0.01)
+    assert log["grad_norm"] > 0.02
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_mini_batches_are_an_unbiased_split_of_the_batch(batch):
     """Without a step in between, the mean of the mini-batches' gradients is the gradient of the
     batch (Eq. 2's weights)."""
