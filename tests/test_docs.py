@@ -328,6 +328,13 @@ def test_the_numbers_of_the_finding():
         lambda log: study.outcomes(log)[name], study.finished_runs("short", arm).values()
     )
     both = lambda arm: (outcome(arm, "highest"), outcome(arm, "success"))
+    science = [
+        average(
+            lambda log: study.outcomes(log)["highest"],
+            study.finished_runs("scienceworld", arm).values(),
+        )
+        for arm in ("grpo-base-0.02", "grpo-epo3-0.02")
+    ]
     words = [row[-1] for row in study.decided() if row[0].number in (1, 2)]
     n, won, lost = len(words), words.count("holds"), words.count("fails")
     lost_arms = [row[0].arm for row in study.decided() if row[0].number in (1, 2)]
@@ -335,9 +342,12 @@ def test_the_numbers_of_the_finding():
     assert all(0.02 <= float(arm.split("-")[2]) <= 0.1 for arm in lost_arms)
     for text in (
         "its highest entropy is {:.1f} nats, and it wins {:.2f}".format(*both("grpo-plain")),
-        "drives entropy to {:.1f} nats and success to {:.2f}.".format(*both("grpo-base-0.1")),
+        "drives entropy to {:.1f} nats and training success to {:.2f}.".format(
+            *both("grpo-base-0.1")
+        ),
         "the published α these are {:.1f} and {:.2f};".format(*both("grpo-epo0.05-0.1")),
-        "α·β_k > 1, they are {:.1f} and {:.2f}.".format(*both("grpo-epo3-0.1")),
+        "with α 3 they are {:.1f} and {:.2f}.".format(*both("grpo-epo3-0.1")),
+        "entropy to {:.1f} nats, and with α 3 to {:.1f}.".format(*science),
         f"In {n} comparisons with plain GRPO or PPO, EPO won more in {won}, narrowly,",
         f"and less in {lost} (all with 20 to 100 times the paper's λ); the others are",
     ):

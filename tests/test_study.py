@@ -194,6 +194,14 @@ def test_sentences_of_the_short_answer():
         words = [row[-1] for row in rows if row[0].number == number]
         return [len(words), *map(words.count, ("holds", "fails", "undecided"))]
 
+    def both(number):
+        """In how many pairs of arms both outcomes hold, and how many pairs there are."""
+        pairs = {}
+        for claim, *_, word in rows:
+            if claim.number == number:
+                pairs.setdefault((claim.world, claim.arm), []).append(word)
+        return list(pairs.values()).count(["holds", "holds"]), len(pairs)
+
     of_world = {row[0].number: row for row in rows if row[0].world == "scienceworld"}
     _, _, mean, low, high, _ = of_world[2]
     assert f"α 3 wins {mean:.3f} more than plain GRPO in training." in page
@@ -205,6 +213,12 @@ def test_sentences_of_the_short_answer():
     less = -study.differences(after).mean()
     text = f"wins {of_world[8][2]:.3f} more than it in training, and {less:.3f} less in the IID"
     assert text in page and high < 0
+    after = after._replace(outcome="ood_after")
+    mean, low, high = study.interval(study.differences(after))
+    assert f"On OOD it wins {-mean:.3f} less, with an interval around 0." in page
+    assert low < 0 < high
+    text = "Both together hold in {} of {} pairs of arms for claim 5, and in none of {} for claim 6"
+    assert text.format(*both(5), both(6)[1]) in page and both(6)[0] == 0
     total, won, lost, undecided = counts(1)
     assert (
         f"In {total} comparisons it wins more in none, less in {lost}, and {undecided} are" in page
