@@ -74,8 +74,12 @@ def test_each_step_has_tasks_and_chance_of_its_own(played):
     seeds = [seed for of_step in played.seeds for seed in of_step]
     assert len(set(seeds)) == 3
     assert all(generator == whole for generator, whole in played.seeds)
-    other = train.step_tasks(KeyQuest(("short", "long")).tasks("train"), Config(seed=6), 0)
-    assert set(other) != first
+    world = KeyQuest(("short", "long"))
+    of_seed = lambda seed: train.step_tasks(
+        world.tasks("train"), Config(seed=seed, tasks_per_step=4, group_size=4), 0
+    )
+    assert of_seed(5) == played.tasks[0]
+    assert set(of_seed(6)) != first
 
 
 def test_training_plays_train_tasks_and_evaluations_the_same_for_every_seed(played):
