@@ -1,6 +1,6 @@
 """Draw runs from their logs, without torch or a GPU: one figure for each question.
 
-    python plot.py results/study --out figures       # run folders, or folders of run folders
+    python plot.py results/lr2e-3 --out figures/mine  # run folders, or folders of run folders
     python plot.py plain=runs/a strong=runs/b         # LABEL=PATH: the runs below PATH are a group
     python plot.py                                    # no run: gradient alone
 

@@ -1,6 +1,6 @@
 """Episodes token by token, as one HTML page: how sure was the policy of each token that it wrote?
 
-    python -m tools.transcript runs/scienceworld results/lr2e-3 --out figures/transcript.html
+    python -m tools.transcript runs/scienceworld results/lr2e-3 --out figures/mine/transcript.html
 
 An argument is a run folder, or a folder of run folders. Of each run the last
 transcripts/step-NNNN.json is shown: a won and a lost episode, if the step had both. The page runs
