@@ -75,7 +75,7 @@ def read_prompts(model, prompts, budget):
             cache,
         )
     # in float32 a weight can be large and finite still, and a product of two no more
-    if not logits.float().logsumexp(-1).isfinite().all():
+    if not logits.logsumexp(-1).isfinite().all():
         message = "the policy's logits are not finite: it has diverged"
         raise SetupError(f"{message}; begin a new run with a lower --lr")
     return logits, cache, mask, position[:, -1:]

@@ -226,12 +226,11 @@ def finish(policy, settings, result, unfinished, args):
     """
     whole = os.path.join(unfinished, "whole")
     shutil.rmtree(whole, ignore_errors=True)
-    os.makedirs(whole)
     if args.epochs:
         save_model(policy, settings, whole)
-    write_json(os.path.join(whole, "warmstart.json"), result)
     transcripts = os.path.join(unfinished, "transcripts")
     shutil.copytree(transcripts, os.path.join(whole, "transcripts"))
+    write_json(os.path.join(whole, "warmstart.json"), result)
     os.rename(whole, args.out)
     shutil.rmtree(unfinished)
     print(f"wrote {args.out}")
