@@ -324,21 +324,16 @@ def test_the_policy_loss_is_as_small_as_the_page_says():
 
 
 def test_the_numbers_of_the_finding():
-    outcome = lambda arm, name: average(
-        lambda log: study.outcomes(log)[name], study.finished_runs("short", arm).values()
+    outcome = lambda arm, name, world="short": average(
+        lambda log: study.outcomes(log)[name], study.finished_runs(world, arm).values()
     )
     both = lambda arm: (outcome(arm, "highest"), outcome(arm, "success"))
-    science = [
-        average(
-            lambda log: study.outcomes(log)["highest"],
-            study.finished_runs("scienceworld", arm).values(),
-        )
-        for arm in ("grpo-base-0.02", "grpo-epo3-0.02")
-    ]
-    words = [row[-1] for row in study.decided() if row[0].number in (1, 2)]
+    science_arms = ("grpo-base-0.02", "grpo-epo3-0.02")
+    science = [outcome(arm, "highest", "scienceworld") for arm in science_arms]
+    rows = [row for row in study.decided() if row[0].number in (1, 2)]
+    words = [row[-1] for row in rows]
     n, won, lost = len(words), words.count("holds"), words.count("fails")
-    lost_arms = [row[0].arm for row in study.decided() if row[0].number in (1, 2)]
-    lost_arms = [arm for arm, word in zip(lost_arms, words, strict=True) if word == "fails"]
+    lost_arms = [row[0].arm for row in rows if row[-1] == "fails"]
     assert all(0.02 <= float(arm.split("-")[2]) <= 0.1 for arm in lost_arms)
     for text in (
         "its highest entropy is {:.1f} nats, and it wins {:.2f}".format(*both("grpo-plain")),

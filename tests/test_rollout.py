@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-import rollout
 from envs import Task
 from rollout import Turn, collect, generate, micro_batches, response_states, score_tokens
 from support.loading import load_policy
@@ -197,16 +196,3 @@ def test_entropy_of_a_sampled_token_is_not_its_surprisal(policy):
     turns = [t for e in episodes for t in e.turns]
     assert any(abs(h + lp) > 0.1 for t in turns for h, lp in zip(t.entropy, t.logp))
     assert all(0 <= h <= math.log(len(policy.tokenizer)) + 1e-5 for t in turns for h in t.entropy)
-
-
-def test_an_action_that_the_world_does_not_know_is_an_invalid_turn(monkeypatch):
-    world = KeyQuest(("short",))
-    task = world.tasks("train")[0]
-    actions = ["dance", world.gold(task)[0], None]
-    write = lambda world, policy, active, past, now, t, *_: {
-        slot: Turn(t, [1], [2], [0.0], [0.5], action=actions[t]) for slot in active
-    }
-    monkeypatch.setattr(rollout, "write_turns", write)
-    (episode,), lost, _ = collect(world, None, [task], 3, 1.0, 4)
-    assert [turn.invalid for turn in episode.turns] == [True, False, True]
-    assert lost == 0 and not episode.success

@@ -198,10 +198,8 @@ def test_an_invalid_turn_of_a_step_has_a_lower_advantage(algo, tmp_path, monkeyp
     invalid = torch.tensor([turn.invalid for turn in turns])
     both = 0
     for i in range(int(owner.max()) + 1):
-        of_valid, of_invalid = (
-            advantages[(owner == i) & ~invalid],
-            advantages[(owner == i) & invalid],
-        )
+        own = owner == i
+        of_valid, of_invalid = advantages[own & ~invalid], advantages[own & invalid]
         if len(of_valid) and len(of_invalid):
             both += 1
             assert (of_valid - of_valid[0]).abs().max() < 1e-6

@@ -148,12 +148,18 @@ def run_transcript(*arguments):
 
 def test_the_command_writes_the_page_of_committed_runs(tmp_path):
     out = tmp_path / "new" / "page.html"
-    result = run_transcript(Path(ROOT, "results", "lr2e-3"), "--out", out)
+    result = run_transcript("results/lr2e-3", "results/lr2e-3-strong", "--out", out)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == str(out)
     page = Page(out.read_text(encoding="utf-8"))
     assert page.open == []
-    assert len(page.classes("token")) > 50
+    files = sorted(Path(ROOT, "results").glob("lr2e-3*/*/transcripts/*.json"))
+    turns = [
+        turn for f in files for e in json.loads(f.read_text())["episodes"] for turn in e["turns"]
+    ]
+    # two more are in the legend
+    assert len(files) == 2
+    assert len(page.classes("token")) == sum(len(turn["tokens"]) for turn in turns) + 2
     assert "tiny-grpo-plain-seed1" in page.text
 
 

@@ -4,8 +4,8 @@ What is expected is computed here from what was played, and not by the functions
 """
 
 import json
-import statistics
 from dataclasses import dataclass, field
+from statistics import fmean as mean
 
 import pytest
 import torch
@@ -30,17 +30,18 @@ FLAGS = (
 class Played:
     """What the steps of a run did: for each, the tasks, the seeds, the turns of each episode."""
 
-    log: list
-    drawn: dict
     tasks: list = field(default_factory=list)
     seeds: list = field(default_factory=list)
     episodes: list = field(default_factory=list)
+    # the rows of the run, and its evaluation tasks
+    log: list = field(default_factory=list)
+    drawn: dict = field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("wiring") / "run")
-    played = Played([], {})
+    played = Played()
 
     def keep(world, policy, tasks, *more):
         generator = more[3]
@@ -56,15 +57,11 @@ def played(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "collect", keep)
         train.train(Config(**parse_flags([*FLAGS.split(), "--out", out], None)))
-    played.log += read_log(out)
+    played.log = read_log(out)
     with open(f"{out}/tasks.json") as file:
-        played.drawn |= json.load(file)
+        played.drawn = json.load(file)
     assert len(played.episodes) == 3
     return played
-
-
-def mean(values):
-    return statistics.fmean(list(values))
 
 
 def test_each_step_has_tasks_and_chance_of_its_own(played):
@@ -138,7 +135,8 @@ def scripted(plan, seen):
 def play(world, task, plan, monkeypatch):
     seen = []
     monkeypatch.setattr(rollout, "write_turns", scripted(plan, seen))
-    (episode,), _, _ = collect(world, None, [task], len(plan), 1.0, 4)
+    (episode,), lost, _ = collect(world, None, [task], len(plan), 1.0, 4)
+    assert lost == 0
     return episode, seen
 
 
@@ -155,6 +153,14 @@ def test_a_positive_score_at_the_end_is_no_success(monkeypatch):
     assert (at_the_chest.score, at_the_chest.success) == (100, True)
     row = train.episode_metrics([at_the_coin, at_the_chest], 30)
     assert (row["success"], row["score"]) == (0.5, 75)
+
+
+def test_an_action_that_the_world_does_not_know_is_an_invalid_turn(monkeypatch):
+    world = KeyQuest(("short",))
+    task = world.tasks("train")[0]
+    episode, _ = play(world, task, ["dance", world.gold(task)[0], None], monkeypatch)
+    assert [turn.invalid for turn in episode.turns] == [True, False, True]
+    assert not episode.success
 
 
 def test_the_past_pairs_what_was_seen_with_what_was_done_then(monkeypatch):
