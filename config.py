@@ -1,111 +1,85 @@
 """Every setting of a run: its default, its flag, the named presets, and what is refused.
 
-A setting of yours is one field of Config, read where it is used. A field that is named as a keyword
-of `epo_loss` or `group_advantages` reaches that function.
+`decide` is the one place where settings are decided. A setting of yours is one field of Config, and
+is passed by name where it acts.
 """
 
 import argparse
-import inspect
 import math
 import os
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import torch
 from transformers import HfArgumentParser
 
-from envs import WORLDS
-from epo import beta, smoothing_loss
+from envs import WORLDS, world_class
+from policy import asked_for
 from support.forward import RECOMPUTE_ABOVE
-from support.run_folder import SetupError, damaged, is_new, read_config
+from support.run_folder import SetupError, damaged, read_config
 
 # a CPU reads as many as it can without running the forward pass twice
 TOKENS = 16384 if torch.cuda.is_available() else RECOMPUTE_ABOVE
 
 
-def option(default, text, **more):
-    """A field with its line of help. None means that the setting is decided elsewhere."""
+def option(default, text):
+    """A field with its line of help. None means that `decide` decides it."""
     default_text = "" if default is None else f" (default: {default!r})"
     text = (text + default_text).replace("%", "%%")
-    return field(default=default, metadata={"help": text, **more})
+    return field(default=default, metadata={"help": text})
 
 
-@dataclass
+Env = Literal[tuple(WORLDS)]
+Switch = Literal["on", "off"]
+
+
+@dataclass(frozen=True)
 class Config:
     """The settings; `python train.py --help` lists them as flags."""
 
-    env: str = option("scienceworld", "the world", choices=tuple(WORLDS))
+    env: Env = option("scienceworld", "the world")
     tasks: str | None = option(None, "task types, comma-separated; else the tiny policy's, or all")
     simplifications: str = option("easy", "ScienceWorld's: easy, none, or names, comma-separated")
-    games: str = option(
-        "auto",
-        "ALFWorld's: downloaded or generated ones; auto: generated if none are here",
-        choices=("auto", "real", "generated"),
-    )
+    games: Literal["auto", "real", "generated"] = option("auto", "ALFWorld's; auto: real if here")
     turns: int | None = option(None, "turn limit; else the tiny policy's, or the world's (30, 50)")
     model: str = option("tiny", "tiny, a folder, or an instruct model on the hub")
     lora_rank: int = option(0, "rank of LoRA adapters, which alone are trained; 0: all weights are")
-    dtype: str = option(
-        "auto",
-        "of matrix products; auto: bfloat16 on a GPU, else float32",
-        choices=("auto", "bfloat16", "float32"),
-    )
-    think: str | None = option(
-        None,
-        "chat models: on: reason first, as the paper; off: the action alone, from a short prompt; "
-        "else the model's own, or on from 1.5 billion parameters",
-        choices=("on", "off"),
-    )
-    max_tokens: int | None = option(
-        None, "most tokens of a response; else the model's, or 24 (tiny), 512, 32 (--think off)"
-    )
-    algo: str = option(
-        "grpo",
-        "grpo: the baseline is the group's mean return; ppo: it is a critic's value of the turn",
-        choices=("grpo", "ppo"),
-    )
+    # auto: bfloat16 on a GPU, else float32
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "of matrix products")
+    # on, the paper's: reason first. off: write the action alone, from a short prompt
+    think: Switch | None = option(None, "reason first; else the model's own, or from 1.5 B on")
+    max_tokens: int | None = option(None, "of a response; else the model's, 24 (tiny), 512, or 32")
+    algo: Literal["grpo", "ppo"] = option("grpo", "the baseline: the group's mean, or a critic")
     steps: int = option(40, "RL steps K")
     tasks_per_step: int = option(8, "different tasks collected per step")
     group_size: int = option(8, "episodes of each task (the GRPO group)")
     temperature: float = option(1.0, "sampling temperature of training")
     minibatches: int = option(2, "updates per step; each takes an equal share of the episodes")
     tokens_per_batch: int = option(TOKENS, "tokens of a forward pass; it cannot change a gradient")
-    lr: float | None = option(
-        None, "peak learning rate; else the model's own, or 5e-6 (the paper), 1e-4 with LoRA"
-    )
+    lr: float | None = option(None, "peak rate; else the model's own, 5e-6 (paper), 1e-4 (LoRA)")
     warmup: float = option(0.05, "share of the steps in which the rate rises to lr (paper: 0.1)")
     min_lr: float = option(0.2, "where the cosine schedule ends, as a share of lr")
     weight_decay: float = option(0.01, "AdamW's")
     grad_clip: float = option(1.0, "largest gradient norm of an update")
     clip: float = option(0.2, "PPO's ε")
     entropy_coef: float = option(0.001, "λ, 0: no entropy terms")
-    average: str = option(
-        "episode",
-        "episode: Eq. 2's mean over tokens, turns, episodes; token: the flat mean",
-        choices=("episode", "token"),
-    )
-    smoothing: str = option(
-        "hinge",
-        "form of Eq. 3; indicator is v1's, without a gradient",
-        choices=("hinge", "indicator", "off"),
-    )
+    # episode is Eq. 2's mean over tokens, turns, episodes; token is the flat one
+    average: Literal["episode", "token"] = option("episode", "every term's mean; token: flat")
+    # indicator is v1's, and has no gradient
+    smoothing: Literal["hinge", "indicator", "off"] = option("hinge", "form of P, Eq. 3")
     kappa_l: float = option(0.0, "κ_l, the corridor's floor as a share of H̄_W")
     kappa_r: float = option(2.0, "κ_r, its cap; inf: no cap")
     alpha: float = option(0.05, "α; the cap pulls entropy back only where α·β_k > 1")
     gamma: float = option(3.0, "γ of β_k (Eq. 5)")
-    dynamic_weight: str = option(
-        "on", "off: β_k = 1 in every step (the paper's EPO w/o DW)", choices=("on", "off")
-    )
+    dynamic_weight: Switch = option("on", "off: β_k = 1 always (the paper's EPO w/o DW)")
     window: int | None = option(None, "how many of the last steps make H̄_W; else all (the paper)")
     entropy_decay: float = option(0.0, "EPO-Decay: L_H weighs 1 + this at turn 0, 1 - this at last")
     shaping: float = option(0.0, "η of EA, the shaped advantage; meant for --entropy-coef 0")
     kl_coef: float = option(0.1, "weight of the KL to the reference policy (the paper: 0.01)")
     invalid_penalty: float = option(0.01, "for a turn without a valid action (paper: 0.1 of 10)")
-    reward: str = option(
-        "sparse",
-        "sparse: 1 for success, else 0; score: the final score / 100, not below 0",
-        choices=("sparse", "score"),
-    )
+    # sparse: 1 for success, else 0; score: the final score / 100, not below 0
+    reward: Literal["sparse", "score"] = option("sparse", "1 for success; or the score / 100")
     discount: float = option(1.0, "ppo: γ of the advantages, per turn")
     gae_lambda: float = option(1.0, "ppo: λ of the advantages (GAE)")
     critic_lr: float | None = option(None, "ppo: the critic's peak rate; else 1e-3 (tiny) or 1e-5")
@@ -116,35 +90,42 @@ class Config:
     eval_episodes: int = option(128, "episodes per evaluation on each of IID and OOD")
     eval_temperature: float = option(0.4, "sampling temperature of evaluations")
     seed: int = option(0, "seed of every random choice")
-    device: str = option(
-        "auto",
-        "auto: cuda if there is such a GPU, else cpu; mps: Apple's, untested",
-        choices=("auto", "cpu", "cuda", "mps"),
-    )
+    # mps is Apple's, and untested
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto: cuda, else cpu")
     out: str | None = option(None, "run folder; else runs/ENV")
     resume: bool = option(False, "continue the run in --out from its checkpoint")
     evaluate: str | None = option(None, "a run's checkpoint.pt: print its success, train nothing")
 
+    @property
+    def task_names(self):
+        """The task types to play; () for all of the world's."""
+        return tuple(filter(None, (name.strip() for name in (self.tasks or "").split(","))))
 
-def settings_of(cfg, function):
-    """The settings that are keywords of a function of epo.py."""
-    keywords = inspect.signature(function).parameters
-    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in keywords}
+    def unusual(self):
+        """{name: value} of the settings that are not their field's default."""
+        return {f.name: value for f in fields(self) if (value := vars(self)[f.name]) != f.default}
 
 
-# ---- Presets: the paper's settings (its Tables 2 and 3), and tiny ones for a CPU. The paper counts
-# mini-batches in turns (PPO 64, GRPO 128, ALFWorld 256), here they are updates of a step: with 128
-# episodes of about 20 turns these are near to it.
-PAPER = dict(steps=125, turns=30, max_tokens=512, tasks_per_step=16, group_size=8)
-PAPER |= dict(weight_decay=0.01, warmup=0.1, min_lr=0.2, kl_coef=0.01, invalid_penalty=0.01)
-PAPER |= dict(eval_every=5, eval_temperature=0.4)
-SCIENCEWORLD = dict(PAPER, env="scienceworld", model="Qwen/Qwen2.5-7B-Instruct", alpha=0.05)
+def allowed(hint):
+    """A field's type -> the types that its value may have, and its choices, () for any."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) is not Literal else (hint,)
+    choices = [c for part in parts or (hint,) for c in typing.get_args(part)]
+    return tuple(str if typing.get_args(part) else part for part in parts or (hint,)), choices
+
+
+ALLOWED = {name: allowed(hint) for name, hint in typing.get_type_hints(Config).items()}
+
+# ---- Presets: the paper's settings (its Tables 2 and 3), and tiny ones for a CPU. What they do not
+# name is a default above, which is the paper's: λ, κ_l, κ_r, γ, weight decay, group size. The paper
+# counts mini-batches in turns (PPO 64, GRPO 128, ALFWorld 256), here they are updates of a step:
+# with 128 episodes of about 20 turns these are near to it.
+PAPER = dict(tasks_per_step=16, max_tokens=512, warmup=0.1, kl_coef=0.01, eval_every=5)
+SCIENCEWORLD = dict(PAPER, env="scienceworld", model="Qwen/Qwen2.5-7B-Instruct")
 ALFWORLD = dict(PAPER, env="alfworld", model="Qwen/Qwen2.5-3B-Instruct", alpha=0.1)
+SCIENCEWORLD |= dict(steps=125, turns=30)
 ALFWORLD |= dict(steps=150, turns=50, lr=5e-6, minibatches=16)
-TINY = dict(env="scienceworld", model="tiny")
 PPO = dict(algo="ppo", lr=3e-6, minibatches=32, critic_lr=1e-5, critic_minibatches=32)
 GRPO = dict(algo="grpo", lr=5e-6, minibatches=16)
-EPO = dict(entropy_coef=0.001, smoothing="hinge", kappa_l=0.0, kappa_r=2.0, gamma=3.0)
 PLAIN = dict(entropy_coef=0.0, smoothing="off")
 # what each ablation changes of EPO
 ABLATIONS = {
@@ -159,187 +140,159 @@ ABLATIONS = {
 }
 PRESETS = {}
 for ablation, changes in ABLATIONS.items():
-    for algorithm, paper in (("ppo", PPO), ("grpo", GRPO)):
-        PRESETS[f"tiny-{algorithm}-{ablation}"] = {**TINY, "algo": algorithm, **EPO, **changes}
+    for algo, paper in (("ppo", PPO), ("grpo", GRPO)):
+        PRESETS[f"tiny-{algo}-{ablation}"] = dict(changes, env="scienceworld", algo=algo)
         if ablation in ("plain", "epo"):
-            for world in (SCIENCEWORLD, ALFWORLD):
-                preset = {**paper, **world, **EPO, **changes}
-                PRESETS[f"{world['env']}-{algorithm}-{ablation}"] = preset
+            PRESETS[f"scienceworld-{algo}-{ablation}"] = paper | SCIENCEWORLD | changes
+            PRESETS[f"alfworld-{algo}-{ablation}"] = paper | ALFWORLD | changes
 
 
-def parse(arguments, description=None):
-    """Command line -> Config. Raises SetupError; ends the program in one line for unknown flags.
-
-    A resumed or evaluated run takes what is not given from its config.json. A resumed run refuses
-    a flag that differs from it.
-    """
-    given = parse_flags(arguments, description)
-    name = given.get("preset")
-    if name is not None and name not in PRESETS:
-        raise SetupError(f"unknown --preset {name!r}; there are: {', '.join(PRESETS)}")
-    if name is not None and "resume" not in given:
-        given = {**PRESETS[name], **given}
-        text = ", ".join(f"{key} {given[key]}" for key in PRESETS[name])
-        print(f"preset {name}: {text}", flush=True)
-    cfg = Config(**given)
-    if cfg.evaluate is not None:
-        cfg.out = os.path.dirname(cfg.evaluate) or "."
-    if cfg.out is None:
-        cfg.out = os.path.join("runs", cfg.env)
-    if cfg.resume or cfg.evaluate is not None:
-        cfg = saved_config(cfg, given)
-    elif not is_new(cfg.out):
-        message = "continue it with --resume, or choose another folder with --out"
-        raise SetupError(f"{cfg.out} exists already; {message}")
-    check(cfg)
-    return cfg
-
-
-def parse_flags(arguments, description):
-    """-> {name: value} of the flags that were given."""
+def parse_flags(arguments, description=None):
+    """Command line -> {name: value} of the flags that were given. Ends in one line for others."""
     more = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = HfArgumentParser(Config, description=description, **more)
     # one line, not a page of usage
     parser.error = lambda message: parser.exit(2, f"train.py: {message}; see --help\n")
     not_given = object()
-    parser.set_defaults(**{f.name: not_given for f in fields(Config)})
+    parser.set_defaults(**{name: not_given for name in ALLOWED})
     values = vars(parser.parse_args(arguments))
-    given = {name: value for name, value in values.items() if value is not not_given}
-    for name in ("out", "evaluate"):
-        if given.get(name) == "":
-            raise SetupError(f"--{name} is empty; leave it out, or name what you mean")
-    return given
+    return {name: value for name, value in values.items() if value is not not_given}
 
 
-def saved_config(cfg, given):
-    """The configuration of the run in cfg.out, with what may be given anew. Raises SetupError."""
-    saved = read_config(cfg.out)
-    known = {f.name for f in fields(Config)}
-    where = os.path.join(cfg.out, "config.json")
-    if unknown := saved.keys() - known:
+def decide(given):
+    """The settings of a run -> Config: checked as a whole, with nothing left to decide.
+
+    given: {name: value} of the flags. Where they say nothing the preset does, then the model's
+    folder, then the world, then the defaults. A resumed or evaluated run takes them from its
+    config.json. Raises SetupError.
+    """
+    if unnamed := [name for name in ("out", "evaluate") if given.get(name) == ""]:
+        raise SetupError(f"--{unnamed[0]} is empty; leave it out, or name what you mean")
+    if given.get("preset") not in (None, *PRESETS):
+        raise SetupError(f"unknown preset {given['preset']!r}; there are: {', '.join(PRESETS)}")
+    if given.get("resume") or "evaluate" in given:
+        values = saved_settings(given)
+    else:
+        values = {**PRESETS.get(given.get("preset"), {}), **given}
+    start = Config(**with_floats(values))
+    check(start)
+    # what is None or "auto" is decided by the first of these that has a value for it
+    model = asked_for(start.model, start.env)
+    if type(model["tasks"]) is list:
+        model["tasks"] = ",".join(map(str, model["tasks"]))
+    if start.lora_rank:
+        # an adapter needs a higher rate than all weights do; a tiny policy's is high enough
+        model["lr"] = model["lora_lr"] or (model["lr"] if model["compact"] else None)
+    long = (start.think or model["think"]) == "on"
+    defaults = {
+        "out": os.path.join("runs", start.env),
+        "lr": 1e-4 if start.lora_rank else 5e-6,
+        "max_tokens": 24 if model["compact"] else (512 if long else 32),
+        "critic_lr": 1e-3 if model["compact"] else 1e-5,
+    }
+    values = dict(vars(start))
+    for decided in (model, world_class(start.env).asks(values), defaults):
+        for name in decided.keys() & values.keys():
+            if values[name] in (None, "auto"):
+                values[name] = decided[name]
+    cfg = Config(**with_floats(values))
+    check(cfg)
+    return cfg
+
+
+def with_floats(values):
+    """JSON and presets have 1 where 1.0 is meant."""
+    is_int = lambda name: type(values[name]) is int and float in ALLOWED[name][0]
+    return values | {name: float(values[name]) for name in values if is_int(name)}
+
+
+def saved_settings(given):
+    """Those of the run that is resumed or evaluated, with what may be given anew. SetupError."""
+    out = given.get("out") or os.path.join("runs", given.get("env", Config.env))
+    if "evaluate" in given:
+        out = os.path.dirname(given["evaluate"]) or "."
+    saved, where = read_config(out), os.path.join(out, "config.json")
+    if unknown := saved.keys() - ALLOWED.keys():
         raise damaged(where, f"{min(unknown)!r:.30} is no setting here")
-    if missing := known - saved.keys():
+    if missing := ALLOWED.keys() - saved.keys():
         print(f"{where} lacks {', '.join(sorted(missing))}: the defaults are taken", flush=True)
     try:
         # this machine's device need not be that of the run
-        check(Config(**{**saved, "device": "auto"}))
+        check(Config(**with_floats({**saved, "device": "auto"})))
     except SetupError as error:
         raise damaged(where, error) from error
-    if cfg.resume:
+    if given.get("resume"):
         for name in given.keys() - {"out", "resume", "device", "tokens_per_batch"}:
             if given[name] != saved.get(name):
-                flag = "--" + name.replace("_", "-")
-                values = f"{flag} is {given[name]}, but the run has {saved.get(name)}"
+                values = f"{flag(name)} is {given[name]}, but the run has {saved.get(name)}"
                 raise SetupError(f"--resume: {values}; leave it out")
     # what was asked for, not what a file says
-    own = {"out": cfg.out, "resume": cfg.resume, "evaluate": cfg.evaluate}
-    return Config(**{**saved, **given, **own})
+    own = {"resume": given.get("resume", False), "evaluate": given.get("evaluate")}
+    return {**saved, **given, **own, "out": out}
 
 
-POSITIVE = (
-    "steps tasks_per_step group_size minibatches tokens_per_batch turns max_tokens window "
-    "eval_every eval_episodes grad_clip clip critic_minibatches value_clip"
-).split()
-NOT_NEGATIVE = "lr critic_lr lora_rank entropy_coef kl_coef weight_decay invalid_penalty shaping"
-SHARES = ("discount", "gae_lambda", "entropy_decay", "warmup", "min_lr")
-BOUNDS = {name: (0, 1) for name in SHARES}
-BOUNDS |= {name: (0, math.inf) for name in NOT_NEGATIVE.split()}
-# colder than that, float32 cannot hold the KL, or the logits
-BOUNDS |= {"temperature": (0.05, 100), "eval_temperature": (0.01, 100)}
-# no layer is wider; torch's seeds stay in range
-BOUNDS |= {"lora_rank": (0, 10**5), "seed": (0, 10**12 - 1)}
-MOST_EPISODES = 10**6
+# ---- What is refused
+
 # nothing works with more, and float32 and torch's integers hold it
 LARGEST = 10**12
+MOST_EPISODES = 10**6
+# the least and the largest value of a number
+BOUNDS = dict.fromkeys("discount gae_lambda entropy_decay warmup min_lr".split(), (0, 1))
+for name in (
+    "lr critic_lr entropy_coef kappa_l alpha gamma kl_coef weight_decay invalid_penalty shaping"
+).split():
+    BOUNDS[name] = (0, LARGEST)
+for name in (
+    "steps tasks_per_step group_size minibatches tokens_per_batch turns max_tokens window "
+    "eval_every critic_minibatches"
+).split():
+    BOUNDS[name] = (1, LARGEST)
+# an infinite κ_r is no cap; colder than 0.05, float32 cannot hold the KL, or the logits
+BOUNDS |= {"kappa_r": (0, math.inf), "temperature": (0.05, 100), "eval_temperature": (0.01, 100)}
+BOUNDS |= dict.fromkeys(("clip", "value_clip", "grad_clip"), (1e-9, LARGEST))
+# no layer is wider; torch's seeds stay in range
+BOUNDS |= {"lora_rank": (0, 10**5), "seed": (0, LARGEST - 1), "eval_episodes": (1, MOST_EPISODES)}
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def check(cfg):
-    """Refuse what cannot work before any work starts. Raises SetupError."""
-    check_types(cfg)
-    for name in POSITIVE:
-        value = getattr(cfg, name)
-        if value is not None and not value > 0:
-            raise SetupError(f"--{name.replace('_', '-')} must be positive, not {value}")
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(cfg, name)
-        if value is not None and not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise SetupError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
-    episodes = cfg.tasks_per_step * cfg.group_size
-    if max(episodes, cfg.eval_episodes) > MOST_EPISODES:
-        flags = "--eval-episodes, and --tasks-per-step times --group-size,"
-        raise SetupError(f"{flags} must be at most {MOST_EPISODES}")
-    if cfg.smoothing == "indicator" and not cfg.entropy_coef:
-        raise SetupError("--smoothing indicator --entropy-coef 0: without λ nothing is smoothed")
-    if cfg.algo == "grpo" and cfg.group_size < 2:
-        message = "GRPO compares the episodes of a group, so it needs at least 2"
-        raise SetupError(f"--group-size {cfg.group_size}: {message}")
-    if cfg.algo == "grpo" and (cfg.discount, cfg.gae_lambda) != (1, 1):
-        raise SetupError("--discount and --gae-lambda are for --algo ppo: GRPO has no critic")
-    if episodes % cfg.minibatches:
-        raise SetupError(f"--minibatches {cfg.minibatches} doesn't divide the {episodes} episodes")
-    if cfg.device != "auto" and not torch.get_device_module(cfg.device).is_available():
-        raise SetupError(f"--device {cfg.device}: PyTorch sees no such GPU here; use --device cpu")
-    try:
-        beta(0, cfg.steps, cfg.gamma)
-        smoothing_loss(torch.zeros(1), 0.0, torch.ones(1), cfg.kappa_l, cfg.kappa_r, cfg.alpha)
-    except ValueError as error:
-        raise SetupError(str(error)) from error
-
-
-def check_types(cfg):
-    """Raises SetupError unless each value has its field's type, is finite and a choice."""
-    types = typing.get_type_hints(Config)
-    for f in fields(cfg):
-        value, allowed = getattr(cfg, f.name), typing.get_args(types[f.name]) or (types[f.name],)
-        flag = "--" + f.name.replace("_", "-")
-        # also of nan, which is not below anything
-        too_large = type(value) in (int, float) and not abs(value) <= LARGEST
-        if too_large and not (f.name == "kappa_r" and value == math.inf):
-            raise SetupError(f"{flag}: {value!r:.30} is not a number of at most {LARGEST:g}")
-        if float in allowed and type(value) is int:
-            value = float(value)
-            setattr(cfg, f.name, value)
-        if type(value) not in allowed:
-            raise SetupError(f"{flag}: {value!r:.30} is not of type {allowed[0].__name__}")
-        choices = f.metadata.get("choices")
-        if choices and value not in (*choices, f.default):
-            raise SetupError(f"{flag}: {value!r:.30} is not one of {', '.join(choices)}")
-
-
-def resolve(cfg, policy, world_turns):
-    """Decide what the user left to the policy and the world, and print it."""
-    before, tiny, made_for = asdict(cfg), policy.compact, policy.made_for
-    cfg.think = cfg.think or made_for["think"]
-    policy.think = cfg.think == "on"
-    rate = made_for["lr"]
-    # an adapter needs a higher rate than all weights do; a tiny policy's is high enough
-    if cfg.lora_rank:
-        rate = made_for["lora_lr"] or (rate if tiny else None)
-    tokens = 24 if tiny else {"on": 512, "off": 32}[cfg.think]
-    choices = {
-        "turns": made_for["turns"] or world_turns,
-        "lr": rate or (1e-4 if cfg.lora_rank else 5e-6),
-        "max_tokens": made_for["max_tokens"] or tokens,
-        "critic_lr": 1e-3 if tiny else 1e-5,
+    """Refuse what cannot work, before any work starts; None is not decided yet. SetupError."""
+    for name, (types, choices) in ALLOWED.items():
+        value = vars(cfg)[name]
+        # also of nan, which is not above anything
+        low, high = BOUNDS.get(name, (-LARGEST, LARGEST))
+        if type(value) not in types:
+            raise SetupError(f"{flag(name)} {value!r:.30} is not of type {types[0].__name__}")
+        if choices and value not in (*choices, None):
+            raise SetupError(f"{flag(name)} {value!r:.30} is not one of {', '.join(choices)}")
+        if type(value) in (int, float) and not low <= value <= high:
+            raise SetupError(
+                f"{flag(name)} must be between {low:g} and {high:g}, not {value!r:.30}"
+            )
+    episodes, grpo = cfg.tasks_per_step * cfg.group_size, cfg.algo == "grpo"
+    no_gpu = cfg.device != "auto" and not torch.get_device_module(cfg.device).is_available()
+    refused = {
+        f"--tasks-per-step times --group-size must be at most {MOST_EPISODES}": (
+            episodes > MOST_EPISODES
+        ),
+        f"--kappa-l {cfg.kappa_l} is above --kappa-r {cfg.kappa_r}": cfg.kappa_l > cfg.kappa_r,
+        "--smoothing indicator --entropy-coef 0: without λ nothing is smoothed": (
+            cfg.smoothing == "indicator" and not cfg.entropy_coef
+        ),
+        "--group-size 1: GRPO compares the episodes of a group, so it needs at least 2": (
+            grpo and cfg.group_size == 1
+        ),
+        "--discount and --gae-lambda are for --algo ppo: GRPO has no critic": (
+            grpo and (cfg.discount, cfg.gae_lambda) != (1, 1)
+        ),
+        f"--minibatches {cfg.minibatches} doesn't divide the {episodes} episodes": (
+            episodes % cfg.minibatches
+        ),
+        f"--device {cfg.device}: PyTorch sees no such GPU here; use --device cpu": no_gpu,
     }
-    for name, value in choices.items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
-    decided = [f"{name} {value}" for name, value in asdict(cfg).items() if before[name] != value]
-    if decided:
-        print("decided here: " + ", ".join(decided), flush=True)
-
-
-def asked_for(cfg, policy):
-    """What the model that a run leaves asks for in its configuration (support/loading.py)."""
-    names = list(task_names(cfg, policy)) or None
-    settings = {"tasks": names, "lora_lr" if cfg.lora_rank else "lr": cfg.lr}
-    return settings | {name: getattr(cfg, name) for name in ("think", "turns", "max_tokens")}
-
-
-def task_names(cfg, policy):
-    """The task types to play as a tuple; () for all of the world's."""
-    if cfg.tasks is None:
-        return tuple(policy.made_for["tasks"] or ())
-    return tuple(filter(None, (name.strip() for name in cfg.tasks.split(","))))
+    for message, is_so in refused.items():
+        if is_so:
+            raise SetupError(message)

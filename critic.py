@@ -9,25 +9,24 @@ from contextlib import contextmanager
 
 import torch
 
-from rollout import micro_batches
-from support.forward import last_hidden
-from support.loading import add_lora, trained
+from policy import add_lora, trained
+from support.forward import last_hidden, micro_batches, states_at
 
 
-class Critic(torch.nn.Module):
+class Critic:
     """V(prompt), in units of reward. The head begins at 0: no reward is expected at first.
 
     Its body is a copy of the policy's. With LoRA it is the policy's own, with a second adapter.
     """
 
     def __init__(self, model, lora_rank=0):
-        super().__init__()
-        # in a list, so that the policy does not count as part of this module
-        self.shared = [model] if lora_rank else []
+        # with LoRA, the policy's model: what switches between the two adapters
+        self.adapted = model if lora_rank else None
         if lora_rank:
             add_lora(model, "critic", lora_rank)
             model.set_adapter("policy")
             model.to(model.device)
+            self.body = model.base_model
         else:
             self.body = copy.deepcopy(model.base_model)
         width = model.get_output_embeddings().weight.shape[1]
@@ -37,26 +36,28 @@ class Critic(torch.nn.Module):
 
     def trained(self):
         """The parameters that learn, by name."""
-        adapter = trained(self.shared[0], "critic") if self.shared else {}
-        return {**dict(self.named_parameters()), **adapter}
+        head = {f"head.{name}": p for name, p in self.head.named_parameters()}
+        if self.adapted is not None:
+            return head | trained(self.adapted, "critic")
+        return {f"body.{name}": p for name, p in self.body.named_parameters()} | head
 
     @contextmanager
     def adapter(self):
         """With LoRA, switch from the policy's adapter to the critic's and back."""
-        for model in self.shared:
-            model.set_adapter("critic")
+        if self.adapted is None:
+            yield
+            return
+        self.adapted.set_adapter("critic")
         try:
             yield
         finally:
-            for model in self.shared:
-                model.set_adapter("policy")
+            self.adapted.set_adapter("policy")
 
-    def forward(self, turns):
+    def __call__(self, turns):
         """Turns -> their values (N,), in the order given."""
-        body = self.shared[0].base_model if self.shared else self.body
-        hidden, number = last_hidden(body, [t.prompt for t in turns])
+        hidden, number = last_hidden(self.body, [t.prompt for t in turns])
         last = [len(t.prompt) - 1 for t in turns]
-        return self.head(hidden[number, last].float())[:, 0]
+        return self.head(states_at(hidden, number, last).float())[:, 0]
 
     @torch.no_grad()
     def values(self, turns, tokens_per_batch):
@@ -85,6 +86,24 @@ def gae(values, rewards, last, discount=1.0, gae_lambda=1.0):
         next_value = values[t]
         advantages[t] = next_advantage
     return advantages
+
+
+def ppo_advantages(values, returns, owner, cfg):
+    """PPO's advantage of each turn (N,), normalised over the batch, and the critic's targets (N,).
+
+    values (N,), owner (N,): the episode of a turn, returns (B,) of the episodes. Each episode has
+    the same share of the mean and the standard deviation, as it has in Eq. 2.
+    """
+    # True at the last turn of an episode
+    last = torch.cat([owner[1:] != owner[:-1], torch.tensor([True])])
+    rewards = torch.zeros_like(values)
+    rewards[last] = returns
+    raw = gae(values, rewards, last, cfg.discount, cfg.gae_lambda)
+    turns_of = torch.bincount(owner)
+    share = 1 / (len(turns_of) * turns_of[owner])
+    centred = raw - (raw * share).sum()
+    std = (centred**2 * share).sum().sqrt()
+    return centred / (std + 1e-6), raw + values
 
 
 def value_loss(values, old_values, targets, clip):

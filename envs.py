@@ -1,7 +1,7 @@
-"""The text worlds that an agent plays in: what a task is, what success is, what the agent reads.
+"""The text worlds that an agent plays in, as the rest of the code knows them.
 
-How the simulators of ScienceWorld and ALFWorld are made fast is in worlds/, and so is KeyQuest, the
-smallest world. Yours is a file like worlds/keyquest.py, and a line in WORLDS.
+Each world is a file in worlds/: what it means, its class, its prompts, its demonstrations. Begin
+yours with a copy of worlds/keyquest.py, the smallest, and add its line to WORLDS.
 """
 
 import importlib
@@ -10,28 +10,19 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from support.run_folder import SetupError
-from worlds import chat
-from worlds.alfworld import Workers, find_games, list_games
-from worlds.alfworld_generate import SIZES
-from worlds.compact import alfworld_prompt, scienceworld_prompt
-from worlds.scienceworld import (
-    ACTION,
-    ACTIONS,
-    Simulators,
-    Start,
-    allowed_simplifications,
-    known_simplifications,
-)
-
-NOT_AN_ACTION = "That was not a valid action: nothing happens."
-
 
 # --env: where its class is. A world of your own is a line here.
 WORLDS = {
-    "scienceworld": "envs:ScienceWorld",
-    "alfworld": "envs:ALFWorld",
+    "scienceworld": "worlds.scienceworld:ScienceWorld",
+    "alfworld": "worlds.alfworld:ALFWorld",
     "keyquest": "worlds.keyquest:KeyQuest",
 }
+NOT_AN_ACTION = "That was not a valid action: nothing happens."
+THINK_FIRST = (
+    "First reason about the next step in <think>…</think>, then write exactly one action in "
+    "<action>…</action>."
+)
+ACTION_ALONE = "Reply with one action in <action>…</action> and nothing else."
 
 
 def world_class(env):
@@ -39,9 +30,9 @@ def world_class(env):
     return getattr(importlib.import_module(module), name)
 
 
-def make_world(cfg, names, compact):
-    """The world of cfg.env. names: task types, () for all; compact: a tiny policy plays."""
-    return world_class(cfg.env).from_config(cfg, names, compact)
+def make_world(cfg, compact):
+    """The world of cfg.env. compact: a tiny policy plays, which reads the short prompt."""
+    return world_class(cfg.env).from_config(cfg, compact)
 
 
 class Task(NamedTuple):
@@ -82,11 +73,12 @@ class World:
         act(actions)         {slot: action} -> {slot: Observation}
         gold(task)           a solution as a list of actions, for warm starts and tests
         compact_prompt(past, now)  for tiny policies; past: (Observation, action) of earlier turns
+        demonstrations(rng)  a classmethod -> lists of (prompt, action) to clone a tiny policy from
     """
 
     # the default turn limit; it counts the agent's turns
     turns = 30
-    # the system message of chat models, the same for every turn
+    # the system message of chat models, at every turn; without one some templates put in theirs
     chat_rules = ""
     chat_objects = "You can refer to"
 
@@ -101,9 +93,13 @@ class World:
         self.last = {}
 
     @classmethod
-    def from_config(cls, cfg, names, compact):
-        """compact: a tiny policy plays."""
-        return cls(names)
+    def from_config(cls, cfg, compact):
+        return cls(cfg.task_names)
+
+    @classmethod
+    def asks(cls, given):
+        """The settings that the world decides. given: {name: value} of those decided before."""
+        return {"turns": cls.turns}
 
     def reset(self, tasks):
         """Start one episode per task, in slots 0, 1, … -> a list of Observations."""
@@ -145,16 +141,50 @@ class World:
     def __exit__(self, *_):
         self.close()
 
+    def play(self, tasks, plans):
+        """Play lists of actions side by side -> [(last Observation, [(Observation, action)])]"""
+        now = dict(enumerate(self.reset(tasks)))
+        past = [[] for _ in tasks]
+        for t in range(max(map(len, plans), default=0)):
+            playing = [slot for slot, o in now.items() if o and not o.done and not o.invalid]
+            actions = {slot: plans[slot][t] for slot in playing if t < len(plans[slot])}
+            for slot, action in actions.items():
+                past[slot].append((now[slot], action))
+            now |= self.step(actions)
+        return [(now[slot], past[slot]) for slot in now]
+
+    def plan(self, task):
+        return self.gold(task) or []
+
+    def solutions(self, tasks):
+        """[(Observation, action)] of each task that its plan, the gold one or better, solves."""
+        played = self.play(tasks, [self.plan(task) for task in tasks])
+        return [past for last, past in played if last and last.success]
+
     def chat_prompt(self, past, now, think=True):
         """The messages for an instruction-tuned model: the rules, and what is seen now.
 
         think: it reasons first. Else it writes the action alone, and reads what the tiny ones do.
         """
-        if think:
-            state = chat.long_state(past, now, self.chat_objects)
-        else:
-            state = self.compact_prompt(past, now)
-        return chat.messages(self.chat_rules, state, past, think)
+        form = THINK_FIRST if think else ACTION_ALONE
+        rules = f"{self.chat_rules}\n\n{form}"
+        state = self.long_state(past, now) if think else self.compact_prompt(past, now)
+        if past and past[-1][1] is None:
+            state = f"Your last reply had no action. {form}\n\n{state}"
+        return [{"role": "system", "content": rules}, {"role": "user", "content": state}]
+
+    def long_state(self, past, now):
+        """What the agent knows, with its last two turns (as the paper)."""
+        parts = [f"Task: {now.goal}", f"Turns taken so far: {len(past)}"]
+        for before, action in past[-2:]:
+            parts.append(f"Earlier observation: {before.reply.strip()}")
+            parts.append(f"Your action then: {action or '(none that was valid)'}")
+        parts += ["", f"Observation now: {now.reply.strip()}"]
+        parts += [now.look.strip(), now.inventory.strip()]
+        # ALFWorld has it, and it is of no use
+        if objects := ", ".join(name for name in now.objects if name != "help"):
+            parts.append(f"{self.chat_objects}: {objects}")
+        return "\n".join(parts)
 
     @staticmethod
     def parse_chat(text):
@@ -164,198 +194,17 @@ class World:
 
     @staticmethod
     def parse_compact(text):
-        """The tiny policies write nothing but the action."""
         return " ".join(text.split()) or None
 
 
-class ScienceWorld(World):
-    """All 30 task types of PyPI's `scienceworld`; its train, dev, test as train, iid, ood.
-
-    Success is score == 100 and nothing else: to wait after partial credit does not pay. A negative
-    score (a wrong `focus on`) ends the episode as lost. simplifications: "easy", "none", or names,
-    comma-separated; objects: also ask for the names in sight, which the chat prompt shows. Raises
-    SetupError for an unknown name, or without Java.
-    """
-
-    chat_rules = (
-        "You are an agent in a simulated house with a garden and laboratories. You act by writing "
-        "one action a turn. These are the forms an action can have, where OBJ is an object or "
-        "place in reach:\n"
-        + "\n".join(f"- {form}" for form in ACTIONS)
-        + "\nGo to a place through its door, one room at a time. `focus on` tells the experimenter "
-        "which object is your answer: use it only where the task asks for it, a wrong one ends the "
-        "task as failed. If you are asked to choose between numbered readings of an action, your "
-        "next action is the number."
-    )
-    splits = {"train": "getVariationsTrain", "iid": "getVariationsDev", "ood": "getVariationsTest"}
-
-    def __init__(self, names=(), simplifications="easy", objects=False, jvms=None, heap_mb=1024):
-        from scienceworld.constants import ID2TASK
-
-        super().__init__(names, sorted(ID2TASK.values()))
-        self.simplifications = known_simplifications(simplifications)
-        self.simulators = Simulators(jvms, heap_mb, objects)
-
-    @classmethod
-    def from_config(cls, cfg, names, compact):
-        return cls(names, cfg.simplifications, objects=not compact)
-
-    def close(self):
-        self.simulators.close()
-
-    def tasks(self, split):
-        variations = self.simulators.variations(self.names, self.splits[split])
-        pairs = zip(self.names, variations, strict=True)
-        return [Task(name, v) for name, of_name in pairs for v in of_name]
-
-    def start_of(self, task):
-        return Start(*task, allowed_simplifications(task.name, self.simplifications))
-
-    def gold(self, task):
-        return self.simulators.gold(self.start_of(task))
-
-    def prefetch(self, tasks):
-        self.simulators.prefetch([self.start_of(task) for task in tasks])
-
-    def start_all(self, tasks):
-        states = self.simulators.reset([self.start_of(task) for task in tasks])
-        return [self.observe(state) for state in states]
-
-    def start(self, slot, task):
-        return self.observe(self.simulators.restart(slot, self.start_of(task)))
-
-    def act(self, actions):
-        states = self.simulators.step(actions)
-        return {slot: self.observe(state) for slot, state in states.items()}
-
-    def is_valid(self, before, action):
-        if action is None:
-            return False
-        is_answer = before.reply.startswith("Ambiguous request") and action.isdecimal()
-        return is_answer or bool(ACTION.fullmatch(action))
-
-    def observe(self, state):
-        if state is None:
-            return None
-        *words, score, completed = state
-        return Observation(
-            *words,
-            score,
-            done=completed or score < 0 or score == 100,
-            success=score == 100,
-            invalid=state.reply.startswith("No known action matches that input."),
-        )
-
-    def compact_prompt(self, past, now):
-        return scienceworld_prompt(past, now)
+def templated(tokenizer, messages, system_role):
+    """The text of a prompt. system_role: the chat template has one; else all is the user's."""
+    if not system_role:
+        text = "\n\n".join(message["content"] for message in messages)
+        messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-ALFWORLD_TASKS = (
-    "look_at_obj_in_light",
-    "pick_and_place_simple",
-    "pick_clean_then_place_in_recep",
-    "pick_cool_then_place_in_recep",
-    "pick_heat_then_place_in_recep",
-    "pick_two_obj_and_place",
-)
-
-
-class ALFWorld(World):
-    """ALFWorld's six task types; its train, valid_seen and valid_unseen as train, iid and ood.
-
-    Success is the game's own `won`. A Task's variation is the folder of its game. games: "real",
-    "generated" (worlds/alfworld_generate.py: the same rules and task types, other rooms, nothing to
-    download), or "auto": the real ones if they were downloaded. An action must be one of the
-    admissible commands, which `objects` lists; another text is not sent, and costs a turn. Raises
-    SetupError for missing games, a game that cannot be played, an unknown task.
-    """
-
-    turns = 50
-    chat_rules = (
-        "You are an agent in a household. You reach things by going to the receptacle (a shelf, a "
-        "drawer, a fridge ...) that they are in or on; you may have to open it first. You can "
-        "carry one object. You act by writing one of the admissible actions a turn."
-    )
-    chat_objects = "Admissible actions"
-    splits = {"train": "train", "iid": "valid_seen", "ood": "valid_unseen"}
-
-    def __init__(self, names=(), games="auto", workers=None):
-        super().__init__(names, ALFWORLD_TASKS)
-        self.folder = find_games(games)
-        self.games = "real" if self.folder else "generated"
-        self.workers = Workers(workers)
-
-    @classmethod
-    def from_config(cls, cfg, names, compact):
-        world = cls(names, cfg.games)
-        # a resumed run plays what was found, not "auto"
-        cfg.games = world.games
-        return world
-
-    def close(self):
-        self.workers.close()
-
-    def tasks(self, split):
-        """Every game of a split. Real ones are listed by their folders, and not read."""
-        if self.games == "generated":
-            return [Task(name, f"{split}/{i}") for name in self.names for i in range(SIZES[split])]
-        games = list_games(self.folder, self.splits[split], self.names)
-        return [Task(name, variation) for name, variation in games]
-
-    def game_of(self, task):
-        """A file, or what to generate the game from."""
-        if self.games == "real":
-            return f"{self.folder}/{task.variation}/game.tw-pddl"
-        split, index = task.variation.split("/")
-        return split, task.name, int(index)
-
-    def gold(self, task):
-        """The game's walkthrough, None if it has none. It does not know where things are."""
-        return self.workers.walkthrough(self.game_of(task))
-
-    def prefetch(self, tasks):
-        self.workers.prefetch([self.game_of(task) for task in tasks])
-
-    def start_all(self, tasks):
-        answers = self.workers.reset([self.game_of(task) for task in tasks])
-        return [self.begin(task, answer) for task, answer in zip(tasks, answers, strict=True)]
-
-    def start(self, slot, task):
-        return self.begin(task, self.workers.restart(slot, self.game_of(task)))
-
-    def act(self, actions):
-        answers = self.workers.step(actions)
-        return {slot: self.observe(self.last[slot], answer) for slot, answer in answers.items()}
-
-    def is_valid(self, before, action):
-        return action in before.objects
-
-    def begin(self, task, answer):
-        if isinstance(answer, str):
-            raise SetupError(
-                f"ALFWorld's game {self.game_of(task)} can't be played ({answer}); if it's a "
-                "damaged file, fetch the games again with `alfworld-download --force`"
-            )
-        if answer is None:
-            return None
-        intro, commands, _ = answer
-        pattern = r"you see (.*)\.\n\nYour task is to: (.*?)\.?\s*$"
-        room, goal = re.search(pattern, intro, re.DOTALL).groups()
-        reply, look = "You are in the middle of a room.", f"In the room are {room}."
-        return Observation(goal, reply, look, "You are not carrying anything.", commands)
-
-    def observe(self, before, answer):
-        if answer is None:
-            return None
-        reply, commands, won = answer
-        # to ask for the inventory costs a turn; this is what the agent can remember
-        inventory = before.inventory
-        if took := re.match("You pick up the (.*) from", reply):
-            inventory = f"You are carrying: a {took[1]}."
-        elif reply.startswith("You move the "):
-            inventory = "You are not carrying anything."
-        outcome = {"score": 100 * won, "done": won, "success": won}
-        return Observation(before.goal, reply, before.look, inventory, commands, **outcome)
-
-    def compact_prompt(self, past, now):
-        return alfworld_prompt(past, now)
+def demonstration(prompt, past):
+    """[(Observation, action)] of an episode -> [(prompt, action)]. prompt: a World's method."""
+    return [(prompt(past[:i], now), action) for i, (now, action) in enumerate(past)]

@@ -1,4 +1,4 @@
-"""Rollouts: a policy plays many episodes at once; and what it wrote is scored again for training.
+"""Rollouts: a policy plays many episodes at once, and every token it writes is kept.
 
 The distribution that is sampled is the distribution that is scored: softmax(logits / temperature)
 over the whole vocabulary, with no top-k, no top-p and nothing from a model's generation config.
@@ -7,16 +7,13 @@ prompt (the paper's setting), not one growing conversation.
 """
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from epo import token_logp_and_entropy
-from support.forward import last_hidden, next_logits, precision, read_prompts
-from worlds.chat import templated
-
-# a chat model's response ends here
-ACTION_END = "</action>"
+from support.forward import next_logits, precision, read_prompts
 
 
 @dataclass
@@ -50,60 +47,6 @@ class Episode:
     goal: str = ""
 
 
-@dataclass
-class Policy:
-    """A causal language model with what it takes to play; support/loading.py makes one.
-
-    end: the tokens that end a turn. compact: it reads World.compact_prompt and writes the bare
-    action; else World.chat_prompt, where think: it reasons first. system_role: its template has
-    one. made_for: settings that its own configuration asks for. reference: a frozen copy of the
-    policy as it was, for the KL; None with LoRA, where the model without its adapter is it.
-    tokens_per_batch: the most that are read in a forward pass.
-    """
-
-    model: torch.nn.Module
-    tokenizer: object
-    end: list[int]
-    compact: bool
-    made_for: dict = field(default_factory=dict)
-    reference: torch.nn.Module | None = None
-    tokens_per_batch: int = 16384
-    think: bool = True
-    system_role: bool = True
-
-    def prompt(self, world, past, now):
-        """The text of a turn's prompt. past: (Observation, action) of the turns before."""
-        if self.compact:
-            return world.compact_prompt(past, now)
-        messages = world.chat_prompt(past, now, self.think)
-        return templated(self.tokenizer, messages, self.system_role)
-
-    def encode(self, text):
-        """A prompt as token ids. A chat template has put the special tokens there already."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def unfinished(self, token, responses):
-        """(n,) of bool: which responses go on after `token` (n,). responses: their ids so far."""
-        go_on = ~torch.isin(token, torch.tensor(self.end, device=token.device))
-        if self.compact:
-            return go_on
-        # nothing is sampled, paid for or trained on after the action
-        ends = self.tokenizer.batch_decode([ids[-len(ACTION_END) :] for ids in responses])
-        acted = [ACTION_END in text for text in ends]
-        return go_on & ~torch.tensor(acted, device=token.device)
-
-    def reference_states(self, turns):
-        """`response_states` of the reference policy, without a gradient."""
-        with torch.no_grad():
-            if self.reference is not None:
-                return response_states(self.reference, turns)
-            self.model.disable_adapters()
-            try:
-                return response_states(self.model, turns)
-            finally:
-                self.model.enable_adapters()
-
-
 @torch.no_grad()
 def generate(policy, prompts, temperature, max_tokens, generator=None):
     """Sample a response for each prompt (a list of ids), all together; a finished one drops out.
@@ -113,78 +56,59 @@ def generate(policy, prompts, temperature, max_tokens, generator=None):
     """
     model = policy.model.eval()
     responses = [([], [], []) for _ in prompts]
-    active = torch.arange(len(prompts))
-    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    # the row of each active response
-    row = torch.tensor([number[tuple(prompt)] for prompt in prompts])
+    # the numbers of the unfinished responses, and the row of the batch that each of them reads
+    active = list(range(len(prompts)))
+    distinct, row = share_prompts(prompts)
     # around the whole loop, so that bfloat16 copies of weights are not made for every token anew
     with precision(model):
-        logits, cache, mask, position = read_prompts(model, list(number), policy.tokens_per_batch)
-        while True:
+        logits, *read = read_prompts(model, distinct, policy.tokens_per_batch)
+        for length in range(1, max_tokens + 1):
             logits = logits[row].float()
             p = (logits / temperature).softmax(-1)
             token = p.multinomial(1, generator=generator)[:, 0]  # (n,)
             logp, entropy = token_logp_and_entropy(logits, token, temperature)
             token = token.cpu()
-            columns = (active.tolist(), token.tolist(), logp.tolist(), entropy.tolist())
-            for i, *values in zip(*columns, strict=True):
-                for column, value in zip(responses[i], values, strict=True):
-                    column.append(value)
-            unfinished = policy.unfinished(token, [responses[i][0] for i in columns[0]])
-            if not unfinished.any() or len(responses[columns[0][0]][0]) == max_tokens:
-                return responses
-            # the rows that go on: the old row and the token after it, each pair once
-            active = active[unfinished]
-            pairs = torch.stack([row, token], 1)[unfinished]
-            pairs, row = pairs.unique(dim=0, return_inverse=True)
-            old_row, token = pairs[:, 0], pairs[:, 1:]
-            if not torch.equal(old_row, torch.arange(len(mask))):
-                old_row = old_row.to(model.device)
-                cache.batch_select_indices(old_row)
-                mask, position = mask[old_row], position[old_row]
+            for number, *sampled in zip(active, token.tolist(), logp.tolist(), entropy.tolist()):
+                for values, value in zip(responses[number], sampled):
+                    values.append(value)
+            so_far = [responses[number][0] for number in active]
+            unfinished = policy.unfinished(token, so_far)
+            if length == max_tokens or not unfinished.any():
+                break
+            active = [number for number, goes_on in zip(active, unfinished.tolist()) if goes_on]
+            old_row, token, row = share_rows(row[unfinished], token[unfinished])
+            cache, mask, position = select_rows(read, old_row)
+            # the token that was sampled is one more column, of ones
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            position = position + 1
-            logits = next_logits(model, token.to(model.device), mask, position, cache)
+            read = (cache, mask, position + 1)
+            logits = next_logits(model, token.to(model.device), mask, position + 1, cache)
+    return responses
 
 
-def response_states(model, turns):
-    """The hidden states just before each response token, (T, d), turn after turn.
+def share_prompts(prompts):
+    """-> the distinct prompts, and for each prompt the row that it has among them (n,)"""
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    return list(number), torch.tensor([number[tuple(prompt)] for prompt in prompts])
 
-    They alone meet the output matrix (`score_tokens`): with a vocabulary of 152,000 the logits of
-    the prompts would be most of the memory.
+
+def share_rows(row, token):
+    """Responses that are equal up to here are one row of the batch.
+
+    row, token (n,): the row that a response has read, and the token that it wrote after it.
+    -> the old row of each new one, its token (rows, 1), and the new row of each response (n,)
     """
-    hidden, number = last_hidden(model.base_model, [t.prompt + t.response for t in turns])
-    row, column = [], []
-    for i, turn in enumerate(turns):
-        row += [number[i]] * len(turn.response)
-        first = len(turn.prompt) - 1
-        column += range(first, first + len(turn.response))
-    return hidden[row, column]
+    pairs, new_row = torch.stack([row, token], 1).unique(dim=0, return_inverse=True)
+    return pairs[:, 0], pairs[:, 1:], new_row
 
 
-def score_tokens(model, hidden, tokens, temperature=1.0):
-    """Log-prob and entropy of response tokens: states (T, d), tokens (T,) -> (T,), (T,)."""
-    with precision(model):
-        logits = model.get_output_embeddings()(hidden)
-    return token_logp_and_entropy(logits, tokens, temperature)
-
-
-def micro_batches(turns, indices, budget):
-    """`indices` of turns, by length, in parts of at most `budget` tokens, padding counted.
-
-    Equal turns are read once, so they count once. A turn longer than the budget is alone.
-    """
-    equal = {}
-    for i in indices:
-        equal.setdefault((*turns[i].prompt, *turns[i].response), []).append(i)
-    parts, rows = [[]], 0
-    for ids in sorted(equal, key=len):
-        if rows and (rows + 1) * len(ids) > budget:
-            parts.append([])
-            rows = 0
-        parts[-1] += equal[ids]
-        rows += 1
-    return parts
+def select_rows(read, kept):
+    """What was read (cache, mask, position), of the rows `kept` alone and in their order."""
+    cache, mask, position = read
+    if not torch.equal(kept, torch.arange(len(mask))):
+        kept = kept.to(mask.device)
+        cache.batch_select_indices(kept)
+        mask, position = mask[kept], position[kept]
+    return cache, mask, position
 
 
 def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator=None, bar=None):
@@ -194,22 +118,20 @@ def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator
     without an outcome they cannot be scored. seconds: those spent on load, generate, environment.
     bar: a tqdm bar that counts finished episodes.
     """
-    clock = time.perf_counter
-    seconds = {"load": -clock(), "generate": 0.0, "environment": 0.0}
-    now = dict(enumerate(world.reset(tasks)))
-    seconds["load"] += clock()
+    seconds = {"load": 0.0, "generate": 0.0, "environment": 0.0}
+    with counted(seconds, "load"):
+        now = dict(enumerate(world.reset(tasks)))
     episodes = [Episode(task, goal=now[i].goal if now[i] else "") for i, task in enumerate(tasks)]
     past = [[] for _ in tasks]
     active = [slot for slot in now if now[slot]]
     for t in range(turn_limit):
         if not active:
             break
-        seconds["generate"] -= clock()
-        turns = write_turns(world, policy, active, past, now, t, temperature, max_tokens, generator)
-        seconds["generate"] += clock()
-        seconds["environment"] -= clock()
-        after = world.step({slot: turn.action for slot, turn in turns.items()})
-        seconds["environment"] += clock()
+        with counted(seconds, "generate"):
+            sampling = (temperature, max_tokens, generator)
+            turns = write_turns(world, policy, active, past, now, t, *sampling)
+        with counted(seconds, "environment"):
+            after = world.step({slot: turn.action for slot, turn in turns.items()})
         for slot, turn in turns.items():
             past[slot].append((now[slot], turn.action))
             now[slot] = after[slot]
@@ -224,6 +146,14 @@ def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator
         active = unfinished
     complete = [episode for slot, episode in enumerate(episodes) if now[slot]]
     return complete, len(episodes) - len(complete), seconds
+
+
+@contextmanager
+def counted(seconds, part):
+    """Add the time that the block takes to seconds[part]."""
+    begin = time.perf_counter()
+    yield
+    seconds[part] += time.perf_counter() - begin
 
 
 def write_turns(world, policy, active, past, now, t, temperature, max_tokens, generator):

@@ -1,19 +1,57 @@
-"""The gradient of a step: Eq. 6 over one flat row of tokens, in little memory, in a few updates."""
+"""The update of a step: Eq. 6 over one flat row of tokens, in little memory, in a few updates."""
 
+import copy
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
+from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
-from config import settings_of
+from critic import Critic
 from epo import corridor, decayed_weights, epo_loss, shaped_advantages, token_weights
-from rollout import micro_batches, response_states, score_tokens
-from support.report import ENTROPY_EDGES
+from policy import Policy, response_states, score_tokens, trained
+from support.forward import micro_batches
 from support.run_folder import SetupError, save_tensors
 
 # 128 MB of float32; the loss and its gradient take about six times that
 LOGITS_AT_ONCE = 2**25
+
+
+@dataclass
+class Learner:
+    """All that learns, and so all that a checkpoint holds. history is W_k = [H̄_0 … H̄_(k-1)]."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    critic: Critic | None
+    critic_optimizer: torch.optim.Optimizer | None
+    history: list
+
+
+def make_learner(cfg, policy):
+    """The reference policy, the critic and the optimizers, as a run begins."""
+    if cfg.kl_coef and not cfg.lora_rank:
+        policy.reference = copy.deepcopy(policy.model).requires_grad_(False)
+    adamw = lambda parameters, lr: torch.optim.AdamW(
+        parameters.values(), lr=lr, weight_decay=cfg.weight_decay, fused=True
+    )
+    optimizer = adamw(trained(policy.model), cfg.lr)
+    if cfg.algo == "grpo":
+        return Learner(policy, optimizer, None, None, [])
+    critic = Critic(policy.model, cfg.lora_rank)
+    return Learner(policy, optimizer, critic, adamw(critic.trained(), cfg.critic_lr), [])
+
+
+def make_schedules(cfg, learner, first):
+    """Linear warm-up, then a cosine to min_lr · lr, for the policy and the critic."""
+    optimizers = [learner.optimizer]
+    if learner.critic is not None:
+        optimizers.append(learner.critic_optimizer)
+    warmup = math.ceil(cfg.warmup * cfg.steps)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup_lr_rate
+    more = {"min_lr_rate": cfg.min_lr, "last_epoch": first - 1}
+    return [schedule(optimizer, warmup, cfg.steps, **more) for optimizer in optimizers]
 
 
 @dataclass
@@ -68,10 +106,10 @@ def update(learner, turns, batch, history_mean, beta_k, cfg, bar):
         chosen = torch.isin(batch.episode, order[part::parts])
         chosen_turns = batch.turn[chosen].unique().tolist()
         for micro in micro_batches(turns, chosen_turns, cfg.tokens_per_batch):
-            tokens = batch.select(torch.cat([rows_of[i] for i in micro]))
-            tokens = replace(tokens, weights=tokens.weights * parts)
-            selected = [turns[i] for i in micro]
-            terms = add_gradient(learner.policy, selected, tokens, history_mean, beta_k, cfg)
+            of_micro = batch.select(torch.cat([rows_of[i] for i in micro]))
+            of_micro.weights = of_micro.weights * parts
+            played = [turns[i] for i in micro]
+            terms = add_gradient(learner.policy, played, of_micro, history_mean, beta_k, cfg)
             losses = {name: losses.get(name, 0.0) + terms[name] / parts for name in terms}
             bar.update(len(micro))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
@@ -100,17 +138,14 @@ def add_gradient(policy, turns, batch, history_mean, beta_k, cfg):
     at_once = max(LOGITS_AT_ONCE // len(policy.model.get_output_embeddings().weight), 1)
     total = {}
     for rows in torch.arange(len(batch.tokens)).split(at_once):
-        tokens = Batch(*(x.to(device) for x in vars(batch.select(rows)).values()))
+        few = Batch(*(x.to(device) for x in vars(batch.select(rows)).values()))
+        # before the graph of the policy's own log-probs takes memory
         reference_logp = None
         if cfg.kl_coef:
-            # before the graph of the policy's own log-probs takes memory
-            with torch.no_grad():
-                reference = policy.reference or policy.model
-                reference_logp, _ = score_tokens(
-                    reference, reference_states[rows], tokens.tokens, cfg.temperature
-                )
-        logp, entropy = score_tokens(policy.model, states[rows], tokens.tokens, cfg.temperature)
-        loss, terms = batch_loss(logp, entropy, tokens, reference_logp, history_mean, beta_k, cfg)
+            read = (reference_states[rows], few.tokens, cfg.temperature)
+            reference_logp = policy.reference_logp(*read)
+        logp, entropy = score_tokens(policy.model, states[rows], few.tokens, cfg.temperature)
+        loss, terms = batch_loss(logp, entropy, few, reference_logp, history_mean, beta_k, cfg)
         loss.backward()
         total = {name: total.get(name, 0.0) + terms[name] for name in terms}
     hidden.backward(states.grad)
@@ -126,40 +161,23 @@ def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
     if cfg.entropy_decay:
         entropy_weights = decayed_weights(weights, batch.index, cfg.turns, cfg.entropy_decay)
     loss, terms = epo_loss(
-        logp=logp,
-        old_logp=batch.old_logp,
+        logp=logp, old_logp=batch.old_logp,
         entropy=entropy,
         advantages=advantages,
         weights=weights,
-        history_mean=history_mean,
-        beta_k=beta_k,
+        history_mean=history_mean, beta_k=beta_k,
+        entropy_coef=cfg.entropy_coef,
+        kappa_l=cfg.kappa_l, kappa_r=cfg.kappa_r, alpha=cfg.alpha,
+        smoothing=cfg.smoothing, clip=cfg.clip,
         entropy_weights=entropy_weights,
-        reference_logp=reference_logp,
-        **settings_of(cfg, epo_loss),
-    )
+        reference_logp=reference_logp, kl_coef=cfg.kl_coef,
+    )  # fmt: skip
     floor, cap = corridor(history_mean, cfg.kappa_l, cfg.kappa_r)
     ratio = (logp - batch.old_logp).exp()
     terms["clip_fraction"] = (weights * ((ratio - 1).abs() > cfg.clip)).sum().item()
     terms["below"] = (weights * (entropy < floor)).sum().item()
     terms["above"] = (weights * (entropy > cap)).sum().item()
     return loss, terms
-
-
-def token_metrics(batch, cap):
-    """Where the entropy is, weighted as Eq. 2: its distribution over the bins of ENTROPY_EDGES;
-
-    and its mean and the share above the cap of the first token of a response and of the rest.
-    """
-    bins = torch.bucketize(batch.entropy, torch.tensor(ENTROPY_EDGES[1:-1]), right=True)
-    histogram = batch.weights.new_zeros(len(ENTROPY_EDGES) - 1).index_add(0, bins, batch.weights)
-    row = {"entropy_histogram": [round(share, 6) for share in histogram.tolist()]}
-    first = torch.cat([torch.tensor([True]), batch.turn[1:] != batch.turn[:-1]])
-    for name, chosen in {"first": first, "rest": ~first}.items():
-        weights, entropy = batch.weights[chosen], batch.entropy[chosen]
-        share = weights / weights.sum()
-        row[f"{name}_entropy"] = (share * entropy).sum().item() if len(share) else None
-        row[f"{name}_above"] = (share * (entropy > cap)).sum().item() if len(share) else None
-    return row
 
 
 def stop_before_the_update(cfg, turns, batch, loss, norm):

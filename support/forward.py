@@ -129,3 +129,30 @@ def last_hidden(body, rows):
             rest = body(input_ids=ids[:, shared:], past_key_values=cache).last_hidden_state
             hidden = torch.cat([prefix.expand(len(ids), -1, -1), rest], 1)
     return hidden, [distinct[tuple(row)] for row in rows]
+
+
+def states_at(hidden, row, column):
+    """hidden[row, column], (n, L, d) -> (T, d), with a gradient that adds up in one order.
+
+    That of an index of two dimensions adds in any order, where torch has several threads.
+    """
+    place = torch.tensor(row) * hidden.shape[1] + torch.tensor(column)
+    return torch.nn.functional.embedding(place.to(hidden.device), hidden.flatten(0, 1))
+
+
+def micro_batches(turns, indices, budget):
+    """`indices` of turns, by length, in parts of at most `budget` tokens, padding counted.
+
+    Equal turns are read once, so they count once. A turn longer than the budget is alone.
+    """
+    equal = {}
+    for i in indices:
+        equal.setdefault((*turns[i].prompt, *turns[i].response), []).append(i)
+    parts, rows = [[]], 0
+    for ids in sorted(equal, key=len):
+        if rows and (rows + 1) * len(ids) > budget:
+            parts.append([])
+            rows = 0
+        parts[-1] += equal[ids]
+        rows += 1
+    return parts

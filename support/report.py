@@ -1,39 +1,25 @@
-"""What a run tells people: the lines on the screen, transcripts, and the numbers of a whole run."""
+"""What a run tells people: the lines on the screen, and transcripts of episodes."""
 
 import itertools
 import math
 import os
-import statistics
-import sys
 
 from tqdm import tqdm
 
 from support.run_folder import read_log, write_json, write_whole
 
-# bins of the token entropies of a step, in nats, finer near 0; the last one has no upper end
-ENTROPY_EDGES = [12 * (i / 32) ** 2 for i in range(33)]
+SPLITS = ("iid", "ood")
 
 
 def progress(title, total):
-    """A progress bar within a step; where there is no terminal, a line a minute."""
-    if sys.stderr.isatty():
-        return tqdm(desc=title, total=total, leave=False)
-    never = {"maxinterval": math.inf, "miniters": 0}
-    return Lines(desc=title, total=total, leave=False, mininterval=60, delay=60, **never)
-
-
-class Lines(tqdm):
-    """A progress bar as lines of a text."""
-
-    def display(self, msg=None, pos=None):
-        # an empty message is to erase the bar
-        if msg is None:
-            seconds = f"{self.format_dict['elapsed']:.0f} s"
-            parts = [f"  {self.desc.rstrip(': ')}: {self.n} of {self.total}", self.postfix, seconds]
-            print(", ".join(filter(None, parts)), flush=True)
+    """A progress bar within a step; none where there is no terminal."""
+    return tqdm(desc=title, total=total, leave=False, disable=None)
 
 
 def print_header(cfg, policy, train_tasks):
+    """The settings that were decided, and what plays where."""
+    decided = [f"{name} {value}" for name, value in cfg.unusual().items()]
+    print("settings: " + ", ".join(decided), flush=True)
     games = f" ({cfg.games} games)" if cfg.env == "alfworld" else ""
     types = len({task.name for task in train_tasks})
     size = f"{policy.model.num_parameters() / 1e6:.1f} M parameters"
@@ -43,11 +29,8 @@ def print_header(cfg, policy, train_tasks):
         flush=True,
     )
     if cfg.model == "tiny" and policy.model.device.type == "cuda":
-        print(
-            "a real model: python train.py "
-            f"--env {cfg.env} --model Qwen/Qwen2.5-1.5B-Instruct --lora-rank 32",
-            flush=True,
-        )
+        real = f"--env {cfg.env} --model Qwen/Qwen2.5-1.5B-Instruct --lora-rank 32"
+        print(f"a real model: python train.py {real}", flush=True)
 
 
 def print_step(cfg, row):
@@ -60,10 +43,10 @@ def print_step(cfg, row):
     without = list(itertools.takewhile(lambda reward: not reward, reversed(rewards)))
     if "reward" in row and len(without) in (1, 3):
         # only a chat model has that setting
-        model = f" --model {cfg.model} --out models/warm" if cfg.think else ""
+        model = f" --model {cfg.model}" if cfg.think else ""
         print(
             "  no episode won: advantages come from penalties alone; warm-start with "
-            f"python -m tools.warmstart --env {cfg.env}{model}",
+            f"python -m tools.warmstart --env {cfg.env}{model} --out models/warm",
             flush=True,
         )
 
@@ -81,14 +64,13 @@ def line(row):
         if row["lost"]:
             parts.append(f"{row['lost']} episodes lost")
     if "iid_success" in row:
-        number = lambda split: two_digits(row[f"{split}_success"])
-        parts.append(f"evaluation: IID {number('iid')}, OOD {number('ood')}")
+        numbers = [two_digits(row[f"{split}_success"]) for split in SPLITS]
+        parts.append("evaluation: IID {}, OOD {}".format(*numbers))
     return " | ".join([*parts, f"{row['seconds']:.0f} s"])
 
 
-def last_line(rows):
-    """Success before and after, Succ.* (a run's best) and Succ. (its last two evaluations)."""
-    numbers = summary(rows, last=2)
+def last_line(numbers):
+    """What a run came to. numbers: metrics.summary of its log."""
     names = {"before": "success before", "after": "after"}
     names |= {"best": "Succ.* (best)", "last": "Succ. (last two evaluations)"}
     number = lambda split, key: two_digits(numbers[f"{split}_{key}"])
@@ -96,42 +78,13 @@ def last_line(rows):
     return "; ".join(map(cell, names))
 
 
-def summary(rows, last):
-    """A finished run's numbers -> {name: value}; None where every evaluation was lost.
-
-    before, after, best, last: success of the first and the last evaluation, of the best one, and
-    the mean of the `last` last ones, for iid and ood; "iid NAME" is that mean of a task type.
-    jump: std of the changes of H̄_k; highest: its maximum, nats.
-    """
-    entropy = [row["entropy"] for row in rows if row.get("entropy") is not None]
-    changes = [b - a for a, b in zip(entropy, entropy[1:], strict=False)]
-    numbers = {"jump": statistics.pstdev(changes) if changes else 0.0}
-    numbers["highest"] = max(entropy, default=0.0)
-    for split in ("iid", "ood"):
-        evaluations = [row for row in rows if row.get(f"{split}_success") is not None]
-        success = [row[f"{split}_success"] for row in evaluations]
-        numbers[f"{split}_before"] = success[0] if success else None
-        numbers[f"{split}_after"] = success[-1] if success else None
-        numbers[f"{split}_best"] = max(success, default=None)
-        numbers[f"{split}_last"] = statistics.mean(success[-last:]) if success else None
-        by_task = {}
-        for row in evaluations[-last:]:
-            of_row = row.get(f"{split}_by_task", {})
-            for name in (name for name in of_row if of_row[name] is not None):
-                by_task.setdefault(name, []).append(of_row[name])
-        numbers |= {f"{split} {name}": statistics.mean(v) for name, v in by_task.items()}
-    return numbers
-
-
 def print_success(row):
     """An evaluation by task type, for --evaluate."""
-    number = lambda value: "   lost" if value is None else f"{value:7.3f}"
-    line = lambda name, values: f"{name:32}" + "".join(map(number, values))
-    by_task = [row["iid_by_task"], row["ood_by_task"]]
-    print(f"{'success':32}    IID    OOD")
-    for name in sorted({name for split in by_task for name in split}):
-        print(line(name, [split.get(name, math.nan) for split in by_task]))
-    print(line("all", [row["iid_success"], row["ood_success"]]))
+    cell = lambda by_task, name: f"{two_digits(by_task.get(name)):>6}"
+    splits = [row[f"{split}_by_task"] | {"all": row[f"{split}_success"]} for split in SPLITS]
+    print(f"{'success':32}   IID   OOD")
+    for name in [*sorted(splits[0].keys() - {"all"}), "all"]:
+        print(f"{name:32}" + "".join(cell(by_task, name) for by_task in splits))
 
 
 def two_digits(success):
@@ -168,16 +121,11 @@ def save_token_transcripts(folder, step, episodes, bounds, tokenizer):
 
 
 def token_transcript(episode, tokenizer):
-    turns = [
-        {
-            "observation": turn.observation,
-            "tokens": [tokenizer.decode([token]) for token in turn.response],
-            "entropy": turn.entropy,
-            "action": turn.action,
-            "invalid": turn.invalid,
-        }
-        for turn in episode.turns
-    ]
+    kept = ("observation", "entropy", "action", "invalid")
+    turns = []
+    for turn in episode.turns:
+        tokens = [tokenizer.decode([token]) for token in turn.response]
+        turns.append({"tokens": tokens} | {name: getattr(turn, name) for name in kept})
     name, variation = episode.task
     outcome = {"success": episode.success, "score": episode.score}
     return {"task": name, "variation": variation, "goal": episode.goal, **outcome, "turns": turns}

@@ -6,13 +6,19 @@
 
 A file is written whole or not at all. The row of a step is written before its checkpoint, so a
 kill at any moment leaves at most a row too many, which --resume drops. Every reader of these files
-(train, sweep, plot) uses the functions here: a damaged file ends in one line that names it.
+(train, study, plot) uses the functions here: a damaged file ends in one line that names it.
 """
 
 import fcntl
 import json
 import os
 from contextlib import contextmanager, suppress
+
+# the project's folder
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ANOTHER = "repair it, or use another run folder"
+# of every version's config.json
+ALWAYS = {"env": str, "model": str, "algo": str, "steps": int}
 
 
 class SetupError(Exception):
@@ -50,9 +56,6 @@ def one_line(error):
     return text.splitlines()[0][:150]
 
 
-ANOTHER = "repair it, or use another run folder"
-
-
 def damaged(path, reason):
     return SetupError(f"{path} cannot be read ({reason}); {ANOTHER}")
 
@@ -67,10 +70,6 @@ def locked(folder):
             message = f"another process is writing to {folder}; wait for it, or use another --out"
             raise SetupError(message) from error
         yield
-
-
-# of every version's config.json
-ALWAYS = {"env": str, "model": str, "algo": str, "steps": int}
 
 
 def read_config(folder):
@@ -113,56 +112,52 @@ def read_log(folder):
         if not isinstance(row, dict) or row.get("step") != number:
             raise damaged(path, f"line {number + 1} is not the row of step {number}")
         for name, value in row.items():
-            if not is_metric(name, value):
+            if not is_metric(value):
                 raise damaged(path, f"line {number + 1}: {name!r:.30} is not what a run writes")
         rows.append(row)
     return rows
 
 
-# metrics of several numbers, by the end of their names
-SEVERAL = {"by_task": dict, "by_turn": list, "histogram": list}
+def is_number(value):
+    """True for None and for a number that a log can hold: finite, and no metric is so large."""
+    return value is None or (type(value) in (int, float) and abs(value) < 1e100)
 
 
-def is_metric(name, value):
-    """True for what a row can hold: a number or None, or as many as the name says."""
-    kind = next((kind for end, kind in SEVERAL.items() if name.endswith(end)), None)
-    if kind and type(value) is not kind:
-        return False
-    values = [value]
-    if kind:
-        values = value.values() if kind is dict else value
-    # nan is not below anything, and no metric is so large
-    return all(v is None or (type(v) in (int, float) and abs(v) < 1e100) for v in values)
-
-
-def rounded(value):
-    """Floats with six significant digits, also in lists and dicts."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return {key: rounded(item) for key, item in value.items()} if type(value) is dict else value
+def is_metric(value):
+    """True for a number, or for a list or a dict of numbers."""
+    if type(value) is dict:
+        value = list(value.values())
+    return all(map(is_number, value)) if type(value) is list else is_number(value)
 
 
 def append_row(folder, row):
     """Add a row to log.jsonl and see it on the disk. Raises SetupError: no room, or no numbers."""
     path = os.path.join(folder, "log.jsonl")
-    if wrong := [name for name, value in row.items() if not is_metric(name, value)]:
+    if wrong := [name for name, value in row.items() if not is_metric(value)]:
         message = "the last checkpoint is untouched; begin a run with lower learning rates"
         raise SetupError(f"step {row['step']}: {wrong[0]} is not a finite number; {message}")
+    # six significant digits
+    text = json.dumps(row, allow_nan=False)
+    row = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded(row), allow_nan=False) + "\n")
+            file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise SetupError(f"could not write {path} ({error.strerror}); --resume goes on") from error
 
 
+def refuse_existing(folder):
+    if not is_new(folder):
+        message = "continue it with --resume, or choose another folder with --out"
+        raise SetupError(f"{folder} exists already; {message}")
+
+
 def begin(folder, config, tasks):
     """Make the folder of a new run. config: dict; tasks: {split: tasks of the evaluations}."""
-    if not is_new(folder):
-        raise SetupError(f"{folder} exists since a moment ago; choose another folder with --out")
+    # another run may have begun a moment ago
+    refuse_existing(folder)
     os.makedirs(os.path.join(folder, "transcripts"), exist_ok=True)
     write_json(os.path.join(folder, "tasks.json"), tasks)
     write_json(os.path.join(folder, "config.json"), config)
@@ -205,18 +200,6 @@ def load_checkpoint(path):
     if any(type(values.get(name)) is not kind for name, kind in kinds.items()):
         raise damaged(path, "it is no checkpoint of train.py")
     return state
-
-
-def restore(parameters, saved):
-    """Put a checkpoint's values into parameters, by name. Raises SetupError for another model's."""
-    shapes = {name: p.shape for name, p in parameters.items()}
-    if shapes != {name: getattr(p, "shape", None) for name, p in saved.items()}:
-        raise SetupError(
-            "the checkpoint's parameters are not this model's; "
-            "leave out --model and --lora-rank, the run has them in its config.json"
-        )
-    for name, p in parameters.items():
-        p.data.copy_(saved[name])
 
 
 def is_new(folder):

@@ -1,157 +1,265 @@
-"""ALFWorld's games in a few worker processes, each with many episodes.
+"""ALFWorld: household chores, of PyPI's `alfworld`, in real games or in generated ones.
 
-A game is a path, or (split, task type, index) of a generated one. An answer of the engine is
-(reply, admissible commands, won), a text if the game cannot be played, or None if it is marked
-unsolvable or was lost with its process.
+alfworld_workers.py and alfworld_engine.py make its engine fast, alfworld_generate.py makes games.
 """
 
-import importlib.util
-import os
+import re
 
+from envs import Observation, Task, World, demonstration
 from support.run_folder import SetupError
-from worlds.alfworld_engine import Worker
+from worlds.alfworld_generate import SIZES
+from worlds.alfworld_workers import Workers, find_alfworld, find_games, list_games
+
+ALFWORLD_TASKS = (
+    "look_at_obj_in_light pick_and_place_simple pick_clean_then_place_in_recep "
+    "pick_cool_then_place_in_recep pick_heat_then_place_in_recep pick_two_obj_and_place"
+).split()
 
 
-def find_alfworld():
-    """The folder with ALFWorld's train, valid_seen and valid_unseen, or None without a download.
+class ALFWorld(World):
+    """ALFWorld's six task types; its train, valid_seen and valid_unseen as train, iid and ood.
 
-    Raises SetupError if ALFWORLD_DATA names a folder without them.
+    Success is the game's own `won`. A Task's variation is the folder of its game. games: "real",
+    "generated" (the same rules and task types, other rooms, nothing to download), or "auto": the
+    real ones if they were downloaded. An action must be one of the admissible commands, which
+    `objects` lists; another text is not sent, and costs a turn. Raises SetupError for missing
+    games, a game that cannot be played, an unknown task, and without its packages.
     """
-    data = os.environ.get("ALFWORLD_DATA")
-    folder = os.path.join(data or os.path.expanduser("~/.cache/alfworld"), "json_2.1.1")
-    if os.path.isdir(folder):
-        return folder
-    if data:
-        raise SetupError(
-            f"ALFWORLD_DATA is {data!r}, but there is no folder json_2.1.1 in it; fetch the games "
-            "with `alfworld-download`, or unset ALFWORLD_DATA"
-        )
 
+    turns = 50
+    chat_rules = (
+        "You are an agent in a household. You reach things by going to the receptacle (a shelf, a "
+        "drawer, a fridge ...) that they are in or on; you may have to open it first. You can "
+        "carry one object. You act by writing one of the admissible actions a turn."
+    )
+    chat_objects = "Admissible actions"
+    splits = {"train": "train", "iid": "valid_seen", "ood": "valid_unseen"}
 
-def find_games(games):
-    """games: "real", "generated" or "auto" -> the folder of the real ones, None for generated."""
-    if importlib.util.find_spec("alfworld") is None:
-        raise SetupError("ALFWorld is not installed: `pip install -r requirements.txt`")
-    folder = None if games == "generated" else find_alfworld()
-    if games == "real" and folder is None:
-        raise SetupError(
-            "no ALFWorld games found in ~/.cache/alfworld; fetch them with `alfworld-download`, "
-            "set ALFWORLD_DATA to where they are, or use --games generated"
-        )
-    if games == "auto" and folder is None:
-        message = "no ALFWorld games found (`alfworld-download` fetches them)"
-        print(f"{message}: playing *generated* games, not the benchmark", flush=True)
-    return folder
+    def __init__(self, names=(), games="auto", workers=None):
+        super().__init__(names, ALFWORLD_TASKS)
+        self.folder = find_games(games)
+        self.games = "real" if self.folder else "generated"
+        self.workers = Workers(workers)
 
+    @classmethod
+    def from_config(cls, cfg, compact):
+        world = cls(cfg.task_names, cfg.games)
+        if world.games == "generated":
+            text = "playing *generated* games, not the benchmark"
+            print(f"{text} (`alfworld-download` fetches its games)", flush=True)
+        return world
 
-def list_games(folder, split, names):
-    """(task type, game's folder) of every game of a split. No game is read. Raises SetupError."""
-    path, hint = os.path.join(folder, split), "fetch the games with `alfworld-download`"
-    try:
-        tasks = [task for task in sorted(os.listdir(path)) if "Sliced" not in task]
-    except OSError as error:
-        raise SetupError(f"no ALFWorld games in {path} ({error.strerror}); {hint}") from error
-    games = []
-    for task in tasks:
-        name = task.split("-")[0]
-        trials = sorted(os.listdir(os.path.join(path, task))) if name in names else []
-        for trial in trials:
-            if os.path.exists(os.path.join(path, task, trial, "game.tw-pddl")):
-                games.append((name, f"{split}/{task}/{trial}"))
-    if missing := set(names) - {name for name, _ in games}:
-        raise SetupError(f"{path} has no game of type {min(missing)}; {hint}")
-    return games
-
-
-class Workers:
-    """Episodes in slots 0, 1, …, spread over a few processes."""
-
-    def __init__(self, workers=None):
-        self.workers = [Worker() for _ in range(workers or min(os.cpu_count() or 1, 4))]
-        # slot -> (worker, number of its environment there)
-        self.homes = {}
-        # game -> the worker that has read it
-        self.owners = {}
-        # the games of a prefetch and the requests sent for them, by worker
-        self.pending = (None, {})
+    @classmethod
+    def asks(cls, given):
+        """games: "auto" made definite. Raises SetupError if there are no such games."""
+        folder = find_games(given.get("games", "auto"))
+        return {"turns": cls.turns, "games": "real" if folder else "generated"}
 
     def close(self):
-        for worker in self.workers:
-            worker.close()
+        self.workers.close()
 
-    def walkthrough(self, game):
-        """A game's own solution, or None. It searches as an agent must."""
-        worker = self.owners.get(game, 0)
-        answers = self._ask({worker: [("walkthrough", None, game)]})[worker]
-        return answers[0] if answers and isinstance(answers[0], list) else None
+    def tasks(self, split):
+        """Every game of a split. Real ones are listed by their folders, and not read."""
+        if self.games == "generated":
+            return [Task(name, f"{split}/{i}") for name in self.names for i in range(SIZES[split])]
+        games = list_games(self.folder, self.splits[split], self.names)
+        return [Task(name, variation) for name, variation in games]
 
-    def prefetch(self, games):
-        """Begin `reset` in the background. Until then, nothing else may be asked."""
-        # what was prefetched for other games is dropped
-        self._collect()
-        # the members of a group share a worker: what it has read once serves them all
-        distinct = dict.fromkeys(games)
-        self.owners = {game: i % len(self.workers) for i, game in enumerate(distinct)}
-        batches = {}
-        for slot, game in enumerate(games):
-            worker = self.owners[game]
-            batch = batches.setdefault(worker, [])
-            self.homes[slot] = (worker, len(batch))
-            batch.append(("load", len(batch), game))
-        for worker, batch in batches.items():
-            self.workers[worker].ask(batch)
-        self.pending = (games, batches)
+    def game_of(self, task):
+        """A file, or what to generate the game from."""
+        if self.games == "real":
+            return f"{self.folder}/{task.variation}/game.tw-pddl"
+        split, index = task.variation.split("/")
+        return split, task.name, int(index)
 
-    def reset(self, games):
-        """Start a game in each of the slots 0, 1, … -> an answer of each."""
-        if self.pending[0] != games:
-            self.prefetch(games)
-        answers = self._collect()
-        homes = [self.homes[slot] for slot in range(len(games))]
-        return [answers[worker][number] for worker, number in homes]
+    def prefetch(self, tasks):
+        self.workers.prefetch([self.game_of(task) for task in tasks])
 
-    def restart(self, slot, game):
-        if slot not in self.homes:
-            worker = slot % len(self.workers)
-            taken = [number for other, number in self.homes.values() if other == worker]
-            self.homes[slot] = worker, max(taken, default=-1) + 1
-        worker, number = self.homes[slot]
-        # a worker that died has a successor
-        for _ in range(2):
-            if answers := self._ask({worker: [("load", number, game)]})[worker]:
-                return answers[0]
+    def start_all(self, tasks):
+        answers = self.workers.reset([self.game_of(task) for task in tasks])
+        return [self.begin(task, answer) for task, answer in zip(tasks, answers, strict=True)]
 
-    def step(self, commands):
-        """{slot: command} -> {slot: answer}; of a game that fails, None."""
-        batches = {}
-        for slot, command in commands.items():
-            worker, number = self.homes[slot]
-            batches.setdefault(worker, {})[slot] = ("step", number, command)
-        answers = self._ask({worker: list(batch.values()) for worker, batch in batches.items()})
-        after = {}
-        for worker, batch in batches.items():
-            # None: the worker died
-            for slot, answer in zip(batch, answers[worker] or [None] * len(batch), strict=True):
-                after[slot] = answer if isinstance(answer, tuple) else None
-        return after
+    def start(self, slot, task):
+        return self.begin(task, self.workers.restart(slot, self.game_of(task)))
 
-    def _ask(self, batches):
-        for worker, batch in batches.items():
-            self.workers[worker].ask(batch)
-        return {worker: self.workers[worker].answers() for worker in batches}
+    def begin(self, task, answer):
+        if isinstance(answer, str):
+            raise SetupError(
+                f"ALFWorld's game {self.game_of(task)} can't be played ({answer}); if it's a "
+                "damaged file, fetch the games again with `alfworld-download --force`"
+            )
+        if answer is None:
+            return None
+        intro, commands, _ = answer
+        pattern = r"you see (.*)\.\n\nYour task is to: (.*?)\.?\s*$"
+        room, goal = re.search(pattern, intro, re.DOTALL).groups()
+        reply, look = "You are in the middle of a room.", f"In the room are {room}."
+        return Observation(goal, reply, look, "You are not carrying anything.", commands)
 
-    def _collect(self):
-        """The answers to a prefetch, by worker."""
-        (_, batches), self.pending = self.pending, (None, {})
-        answers = {worker: self.workers[worker].answers() for worker in batches}
-        for worker, batch in batches.items():
-            # it died, perhaps long ago: again in its successor
-            for _ in range(2):
-                if answers[worker] is None:
-                    answers |= self._ask({worker: batch})
-            if answers[worker] is None:
-                raise SetupError(
-                    "a process that plays ALFWorld died three times while it loaded games; see "
-                    "whether the machine has memory left, or play fewer --tasks-per-step"
-                )
-        return answers
+    def is_valid(self, before, action):
+        return action in before.objects
+
+    def act(self, actions):
+        answers = self.workers.step(actions)
+        return {slot: self.observe(self.last[slot], answer) for slot, answer in answers.items()}
+
+    def observe(self, before, answer):
+        if answer is None:
+            return None
+        reply, commands, won = answer
+        # to ask for the inventory costs a turn; this is what the agent can remember
+        inventory = before.inventory
+        if took := re.match("You pick up the (.*) from", reply):
+            inventory = f"You are carrying: a {took[1]}."
+        elif reply.startswith("You move the "):
+            inventory = "You are not carrying anything."
+        outcome = {"score": 100 * won, "done": won, "success": won}
+        return Observation(before.goal, reply, before.look, inventory, commands, **outcome)
+
+    def gold(self, task):
+        """The game's walkthrough, None if it has none. It does not know where things are."""
+        return self.workers.walkthrough(self.game_of(task))
+
+    # ---- the prompt of a tiny policy
+
+    def compact_prompt(self, past, now):
+        """The game tells a thing once, so this remembers it.
+
+        It holds the receptacles left and seen, what the agent saw that the goal names, and where it
+        is.
+        """
+        # the first reply is the start of the game, not an answer
+        replies = [seen.reply for seen in [*(o for o, _ in past), now]][1:]
+        contents, state, here = remembered(replies)
+        room, words = THING.findall(now.look), now.goal.split()
+        useful = []
+        for place, things in contents.items():
+            useful += [f"{thing} in {place}" for thing in things if thing.split()[0] in words]
+        have = "nothing"
+        if not now.inventory.startswith("You are not"):
+            have = state + now.inventory.removeprefix("You are carrying: a ").removesuffix(".")
+        said = ""
+        if past:
+            filler = r"You (?:arrive at|open the) .*?\. |\b(?:an?|the|and|you see) "
+            said = re.sub(filler, "", now.reply)
+        did = " ; ".join(action or "?" for _, action in past[-2:])
+        left = ranges(receptacle for receptacle in room if receptacle not in contents)
+        return (
+            f"task {now.goal}\nleft {left}\nbeen {ranges(contents)}\n"
+            f"seen {', '.join(useful[-4:])}\nat {here} have {have}\n"
+            f"did {did}\nsaid {said[:80]}\n>"
+        )
+
+    # ---- demonstrations
+
+    def plan(self, task):
+        return useful_actions(self.gold(task) or [])
+
+    @classmethod
+    def demonstrations(cls, rng):
+        """Of 100 train games of each type, if there are so many: generated, and real if found.
+
+        One policy then has the words of both. Three of five leave out what their task is about,
+        such as to heat a thing at the microwave. To do it is left to RL.
+        """
+        with cls(games="generated") as world:
+            demos = world.demonstrated(rng)
+        if find_alfworld():
+            with cls(games="real") as world:
+                demos += world.demonstrated(rng)
+        return demos
+
+    def demonstrated(self, rng):
+        tasks, chosen, demos = self.tasks("train"), [], []
+        rng.shuffle(tasks)
+        for name in self.names:
+            chosen += [task for task in tasks if task.name == name][:100]
+        for first in range(0, len(chosen), 32):
+            part = chosen[first : first + 32]
+            plans = [self.plan(task) for task in part]
+            cut = [hasty(plan) if rng.random() < 0.6 else plan for plan in plans]
+            for plan, actions, (last, past) in zip(plans, cut, self.play(part, cut), strict=True):
+                # a plan that is cut solves nothing, but its actions are valid
+                if last and (last.success or actions != plan and not last.invalid):
+                    demos.append(demonstration(self.compact_prompt, past))
+        return demos
+
+
+# ---- the prompt of a tiny policy
+
+# an object or receptacle, such as "a drawer 2"
+THING = re.compile(r"\ba (\S+ \d+)")
+SIGHT = re.compile(r"(?:On the (\S+ \d+)|The (\S+ \d+) is open\. In it), you see (.*)")
+
+
+def remembered(replies):
+    """-> {receptacle: what was in it when last seen}, "cleaned " or the like, where the agent is"""
+    contents, state, here = {}, "", ""
+    for reply in replies:
+        if arrived := re.match(r"You arrive at (.*?)\. ", reply):
+            here = arrived[1]
+            contents.setdefault(here, [])
+        if sight := SIGHT.search(reply):
+            contents[sight[1] or sight[2]] = THING.findall(sight[3])
+        if moved := re.match(r"You (?:pick up|move) the (.*) (from|to) the (.*)\.", reply):
+            thing, way, place = moved.groups()
+            contents[place] = [other for other in contents.get(place, []) if other != thing]
+            if way == "to":
+                contents[place].append(thing)
+            state = ""
+        elif changed := re.match("You (clean|heat|cool) ", reply):
+            state = changed[1] + "ed "
+    return contents, state, here
+
+
+def ranges(names):
+    """["drawer 1", "drawer 2", "desk 1"] -> "drawer 1-2, desk 1"."""
+    numbers = {}
+    for name in names:
+        kind, number = name.split()
+        numbers.setdefault(kind, []).append(int(number))
+    texts = []
+    for kind, of_kind in numbers.items():
+        spans = []
+        firsts = sorted(n for n in of_kind if n - 1 not in of_kind)
+        lasts = sorted(n for n in of_kind if n + 1 not in of_kind)
+        for first, last in zip(firsts, lasts, strict=True):
+            spans.append(str(first) if first == last else f"{first}-{last}")
+        texts.append(" ".join([kind, *spans]))
+    return ", ".join(texts)
+
+
+# ---- demonstrations
+
+# of a walkthrough; they change nothing that matters
+IDLE_VERBS = ("look", "inventory", "examine", "help", "close")
+# what the task types are about
+TASK_VERBS = ("clean", "heat", "cool", "use")
+
+
+def useful_actions(walkthrough):
+    """A walkthrough without what cannot help: looks, closing, and a second visit for nothing."""
+    visits = []
+    for action in walkthrough:
+        if action.startswith("go to "):
+            visits.append((action, []))
+        elif visits and action.split()[0] not in IDLE_VERBS:
+            visits[-1][1].append(action)
+    useful, visited, opened, place = [], set(), set(), None
+    for go, actions in visits:
+        actions = [action for action in actions if action not in opened]
+        openings = {action for action in actions if action.startswith("open ")}
+        if go in visited and len(openings) == len(actions):
+            continue
+        if go != place:
+            useful.append(go)
+        useful += actions
+        visited.add(go)
+        opened |= openings
+        place = go
+    return useful
+
+
+def hasty(plan):
+    """A plan without what its task is about. It goes to the microwave, say, and heats nothing."""
+    return [action for action in plan if action.split()[0] not in TASK_VERBS]

@@ -1,18 +1,12 @@
 """Household games for those who have not downloaded ALFWorld's.
 
-They are made up from a seed, on ALFWorld's own rules and text grammar. Print one, its room, its
-goal and its solution:
-
-    python -m worlds.alfworld_generate ood pick_heat_then_place_in_recep 3
-
-They have ALFWorld's six task types, kinds of room, objects and words, but rooms and contents are
-invented: success rates on them cannot be compared with the benchmark's. As there, "iid" games are
-new games from the rooms and goals that training draws from. The rooms of "ood" games, and their
-goal pairs (an object type and the receptacle type it must get to, or the lamp), never occur in
-training.
+They are made up from a seed, on ALFWorld's own rules and text grammar, with its six task types,
+kinds of room, objects and words. But rooms and contents are invented: success rates on them cannot
+be compared with the benchmark's. As there, "iid" games are new games from the rooms and goals that
+training draws from. The rooms of "ood" games, and their goal pairs (an object type and the
+receptacle type it must get to, or the lamp), never occur in training.
 """
 
-import argparse
 import random
 from functools import lru_cache
 from types import SimpleNamespace
@@ -58,6 +52,7 @@ THINGS = {
 LAMPS = {"Bedroom": "DeskLamp", "LivingRoom": "FloorLamp"}
 LAMP_PLACES = ("Desk", "SideTable", "Dresser")
 APPLIANCES = {"clean": "SinkBasin", "heat": "Microwave", "cool": "Fridge"}
+ABILITIES = ("Heatable", "Coolable", "Cleanable", "Toggleable")
 
 
 class Entity(NamedTuple):
@@ -265,12 +260,23 @@ def problem(room, place, goal):
     for target in room:
         fitting = [kind for kind in kinds if kind in rules().holds[target]]
         facts += [f"(canContain {target}Type {kind}Type)" for kind in fitting]
-    for there in location:
-        objects += [f"{there.identifier} - receptacle", f"{location[there]} - location"]
-        facts += facts_of_receptacle(there, location[there])
+    for there, where in location.items():
+        name = there.identifier
+        objects += [f"{name} - receptacle", f"{where} - location"]
+        facts.append(f"(receptacleType {name} {there.kind}Type)")
+        facts.append(f"(receptacleAtLocation {name} {where})")
+        if there.kind in rules().openable:
+            facts.append(f"(openable {name})")
     for thing, there in place.items():
-        objects.append(f"{thing.identifier} - object")
-        facts += facts_of_thing(thing, there, location[there])
+        name = thing.identifier
+        objects.append(f"{name} - object")
+        facts.append(f"(objectType {name} {thing.kind}Type)")
+        facts.append(f"(inReceptacle {name} {there.identifier})")
+        facts.append(f"(objectAtLocation {name} {location[there]})")
+        able = [ability for ability in ABILITIES if thing.kind in rules().abilities[ability]]
+        facts += [f"({ability.lower()} {name})" for ability in able]
+        if "Toggleable" not in able:
+            facts.append(f"(pickupable {name})")
 
     head = "(define (problem generated)\n(:domain alfred)"
     body = [head, "(:objects", *objects, ")", "(:init", *facts, ")"]
@@ -279,45 +285,12 @@ def problem(room, place, goal):
     return "\n".join(body)
 
 
-def facts_of_receptacle(receptacle, location):
-    name = receptacle.identifier
-    facts = [
-        f"(receptacleType {name} {receptacle.kind}Type)",
-        f"(receptacleAtLocation {name} {location})",
-    ]
-    if receptacle.kind in rules().openable:
-        facts.append(f"(openable {name})")
-    return facts
-
-
-def facts_of_thing(thing, receptacle, location):
-    abilities = rules().abilities
-    name = thing.identifier
-    facts = [
-        f"(objectType {name} {thing.kind}Type)",
-        f"(inReceptacle {name} {receptacle.identifier})",
-        f"(objectAtLocation {name} {location})",
-    ]
-    for ability in ("Heatable", "Coolable", "Cleanable", "Toggleable"):
-        if thing.kind in abilities[ability]:
-            facts.append(f"({ability.lower()} {name})")
-    if thing.kind not in abilities["Toggleable"]:
-        facts.append(f"(pickupable {name})")
-    return facts
-
-
 class Solver:
     """Writes a walkthrough by searching, as a player must who does not know where things are."""
 
     def __init__(self, rng, room, place, homes):
-        self.rng = rng
-        self.room = room
-        self.place = dict(place)
-        self.homes = homes
-        self.here = None
-        self.looked = []
-        self.opened = set()
-        self.plan = []
+        self.rng, self.room, self.place, self.homes = rng, room, dict(place), homes
+        self.here, self.looked, self.opened, self.plan = None, set(), set(), []
 
     def solve(self, goal):
         """-> list of commands: look through what could hold the thing, take it, bring it."""
@@ -347,7 +320,7 @@ class Solver:
         for there in numbered({target: self.room[target] for target in targets}):
             if there not in self.looked:
                 self.look_into(there)
-                self.looked.append(there)
+                self.looked.add(there)
                 for thing in things:
                     if self.place[thing] == there:
                         return thing
@@ -363,12 +336,3 @@ class Solver:
         if there.kind in rules().openable and there not in self.opened:
             self.opened.add(there)
             self.plan.append(f"open {there}")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("split", choices=tuple(SIZES))
-    parser.add_argument("name", choices=sorted(rules().kinds))
-    parser.add_argument("index", type=int)
-    game = generate(**vars(parser.parse_args()))
-    print(game["room"], game["goal"], *game["walkthrough"], sep="\n")

@@ -2,7 +2,7 @@
 
 import random
 
-from envs import Observation, Task, World
+from envs import Observation, Task, World, demonstration
 
 
 class KeyQuest(World):
@@ -77,6 +77,33 @@ class KeyQuest(World):
             game["here"] = room
         return plan
 
+    # ---- the prompt of a tiny policy
+
     def compact_prompt(self, past, now):
         last = past[-1][1] if past else ""
         return f"{now.look} {now.inventory} {now.reply} {last} >"
+
+    # ---- demonstrations
+
+    @classmethod
+    def demonstrations(cls, rng):
+        """Walks of 20 turns among valid actions. They turn back at a wall, and else rather go on.
+
+        The policy can then write and walk, and does not know what for.
+        """
+        acts = {"key": "take key", "chest": "open chest", "coin": "take coin"}
+        world, demos = cls(), []
+        for task in world.tasks("train"):
+            now, past, action = world.reset([task])[0], [], None
+            while len(past) < 20 and not now.done:
+                ways = ["west", "east"]
+                if action in ways and now.reply == "A wall.":
+                    ways.remove(action)
+                elif action in ways:
+                    ways.append(action)
+                ways += [act for thing, act in acts.items() if thing in now.look]
+                action = rng.choice(ways)
+                past.append((now, action))
+                now = world.step({0: action})[0]
+            demos.append(demonstration(world.compact_prompt, past))
+        return demos

