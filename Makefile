@@ -2,9 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 REQUIREMENTS ?= requirements.txt
-PLOT = $(VENV)/bin/python plot.py $(ARGS)
-SHORT = results/study/short/grpo-
-CHECK = import sys; sys.version_info[:2] in ((3, 11), (3, 12)) or sys.exit("Python 3.11 or 3.12 is \
+STUDY = results/study/
+CHECK = import sys; (3, 11) <= sys.version_info[:2] <= (3, 14) or sys.exit("Python 3.11 to 3.14 is \
 needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")
 
 ## the main job; flags go in ARGS, such as make train ARGS="--seed 1 --out runs/seed1"
@@ -24,16 +23,15 @@ lint: $(VENV)/bin/ruff
 
 ## the pictures of README.md and docs/, from the committed logs
 figures: $(VENV)/installed
-	$(PLOT) --out figures
-	$(VENV)/bin/python -m tools.study claims
-	$(PLOT) --out figures/keyquest $(SHORT)plain-* $(SHORT)epo0.05-0.01-* \
-		$(SHORT)epo0.05-0.1-* $(SHORT)epo3-0.1-*
-	$(PLOT) --out figures/scienceworld results/study/scienceworld/grpo-*
-	$(PLOT) --out figures/smollm2-keyquest GRPO=results/smollm2/keyquest-plain \
-		GRPO+EPO=results/smollm2/keyquest-epo
-	$(PLOT) --out figures/smollm2-scienceworld GRPO+EPO=results/smollm2/scienceworld-epo
+	$(VENV)/bin/python -m figures.gradient
+	$(VENV)/bin/python plot.py --out figures/keyquest $(addprefix $(STUDY)short.csv/grpo-, \
+		plain epo0.05-0.01 epo0.05-0.1 epo3-0.1)
+	$(VENV)/bin/python plot.py --out figures/scienceworld --draw overview \
+		$(addprefix $(STUDY)scienceworld.csv/grpo-, plain base-0.02 epo0.05-0.001 epo3-0.02)
+	$(VENV)/bin/python plot.py --out figures/smollm2-keyquest --draw overview \
+		GRPO=results/smollm2/keyquest-plain GRPO+EPO=results/smollm2/keyquest-epo
 	$(VENV)/bin/python -m tools.transcript --out figures/transcript.html \
-		results/lr2e-3/tiny-grpo-plain-seed1 results/lr2e-3-strong/tiny-grpo-epo-seed0
+		results/lr2e-3 results/lr2e-3-strong
 
 define install
 	@$(PYTHON) -c '$(CHECK)'

@@ -1,56 +1,53 @@
-"""Draw runs from their logs, without torch or a GPU: one figure for each question.
+"""Draw runs from their logs, without torch or a GPU.
 
-    python plot.py results/lr2e-3 --out figures/mine  # run folders, or folders of run folders
-    python plot.py plain=runs/a strong=runs/b         # LABEL=PATH: the runs below PATH are a group
-    python plot.py                                    # no run: gradient alone
+    python plot.py runs/scienceworld --out figures/mine    # run folders, or folders of some
+    python plot.py plain=runs/a strong=runs/b              # LABEL=PATH: its runs are a group
+    python plot.py results/study/short.csv/grpo-epo3-0.1   # an arm of a study; FILE.csv: all arms
+    python plot.py runs/a --draw kl,grad_norm              # numbers of the log
 
-overview         does entropy explode, does the cap stop it, and what becomes of success?
-entropy          group by group: every seed, its corridor, and the share of tokens outside
-tokens           where is the entropy: in how many tokens, in the first one or in the rest?
-entropy_by_turn  turn by step, and the first turns against the last ones
-success          episodes won in training, and in the evaluations on IID and OOD tasks
-loss             the four terms that add up to the loss, and β_k
-gradient         what v1's and v2's penalties do to the entropy of a token
+overview  what becomes of entropy and its corridor, and of success? (of up to four groups)
+tokens    where is the entropy: in how many tokens, in the first one or in the rest?
 
-Runs that differ only in the seed are a group: a thick line is their mean, a thin line is a seed.
+Runs that differ only in the seed are a group: their mean, and a band from lowest to highest.
 """
 
-import argparse
+import csv
+import json
 import os
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rcParams
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from support.report import ENTROPY_EDGES
-from support.run_folder import SetupError, read_config, read_log, write_whole
+from metrics import ENTROPY_EDGES, table
+from support.run_folder import SetupError, damaged, one_line, read_config, read_log, write_whole
 
 IGNORED = "seed out resume device evaluate preset eval_every tokens_per_batch".split()
 CORRIDOR = "smoothing kappa_l kappa_r alpha gamma dynamic_weight window".split()
-SYMBOLS = {"entropy_coef": "λ", "alpha": "α", "kappa_l": "κ_l", "kappa_r": "κ_r", "kl_coef": "KL"}
-COLUMNS = (
-    "entropy corridor_low corridor_high above below success iid_success ood_success "
-    "loss policy_loss entropy_loss smoothing_loss kl beta first_entropy rest_entropy"
-).split()
+SYMBOLS = {"entropy_coef": "λ", "alpha": "α", "kappa_l": "κ_l", "kappa_r": "κ_r"}
+# what a file of another shape than expected leads to
+DAMAGED = ArithmeticError, AttributeError, LookupError, TypeError, ValueError, csv.Error
+DAMAGED += OSError, RecursionError
 # of Okabe and Ito, which the colour-blind can tell apart
 COLOURS = "#0072B2 #E69F00 #000000 #D55E00 #009E73 #56B4E9 #CC79A7".split()
-BLUE, ORANGE, BLACK, RED, _, SKY, _ = COLOURS
+BLUE, ORANGE, BLACK, RED, GREEN, SKY, _ = COLOURS
 DASHES = "-", "--", "-.", (0, (6, 1, 1, 1, 1, 1))
+# few inches on many pixels make letters that can be read on a phone
+SIZE = {"figsize": (8, 6), "dpi": 150, "layout": "constrained"}
 LOOK = {
-    "font.size": 13,
-    "axes.titlesize": 13,
+    "font.size": 12,
+    "axes.titlesize": 11,
     "axes.grid": True,
     "grid.alpha": 0.3,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.formatter.limits": (-3, 4),
-    "axes.formatter.use_mathtext": True,
     "lines.linewidth": 2,
     "svg.hashsalt": "plot.py",
 }
@@ -66,66 +63,76 @@ def run_folders(path):
     return [file.parent for file in inside]
 
 
-def load(folder):
-    """-> (config, {name: a number per step, nan where there is none}). Raises SetupError."""
-    config, rows = read_config(folder), read_log(folder)
-    if not rows:
-        raise SetupError(f"log.jsonl in {folder} is missing, or has no whole row yet")
+def read_study(path):
+    """NAME.csv and NAME.json of a study -> {(arm, seed): (config, rows)}. Raises SetupError."""
+    runs = {}
     try:
-        method(settings(config))
-        columns = [[row.get(name) for row in rows] for name in COLUMNS]
-        log = dict(zip(COLUMNS, np.array(columns, float), strict=True))
-        coefficient, limit = config["entropy_coef"], config["turns"]
-        log["entropy_term"] = -coefficient * log["entropy_loss"]
-        log["smoothing_term"] = coefficient * log["beta"] * log["smoothing_loss"]
-        log["kl_term"] = config["kl_coef"] * log["kl"]
-        # without a corridor no token is outside
-        no_corridor = np.isnan(log["corridor_low"])
-        log["above"][no_corridor] = log["below"][no_corridor] = np.nan
-        by_turn = [row.get("entropy_by_turn", []) for row in rows]
-        # one more column, cut off again, makes them as long as the turn limit
-        by_turn = [*zip_longest(*by_turn, [None] * limit)]
-        by_turn = np.array(by_turn, float)[:, :-1]
-        histogram = [row.get("entropy_histogram") or [None] * 32 for row in rows]
-        log["entropy_histogram"] = np.array(histogram, float).T  # (bins, steps)
-        third = max(limit // 3, 1)
-        log["entropy_by_turn"] = by_turn  # (turns, steps)
-        log["first_third"] = mean(by_turn[:third])
-        log["last_third"] = mean(by_turn[limit - third : limit])
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise SetupError(f"{folder} is damaged or of another program ({reason})") from error
-    return config, log
+        study = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
+        with open(path, encoding="utf-8", newline="") as lines:
+            for cells in csv.DictReader(lines):
+                arm = cells.pop("arm")
+                row = {name: json.loads(cell) for name, cell in cells.items() if cell}
+                new = study["settings"][arm], []
+                _, rows = runs.setdefault((arm, row.pop("seed")), new)
+                rows.append(row)
+    except DAMAGED as error:
+        raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
+    return runs
+
+
+def load(path):
+    """A PATH of the command line -> {what tells a run from others: (config, log)}."""
+    file, is_study, arm = str(path).partition(".csv")
+    if is_study:
+        study = read_study(file + is_study)
+        runs = {(file, *key): run for key, run in study.items() if arm in ("", f"/{key[0]}")}
+    else:
+        runs = {str(f.resolve()): (read_config(f), read_log(f)) for f in run_folders(path)}
+    if not runs:
+        raise SetupError(f"{path}: this study has no such arm")
+    try:
+        return {key: (config, as_arrays(config, rows)) for key, (config, rows) in runs.items()}
+    except DAMAGED as error:
+        raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
+
+
+def as_arrays(config, rows):
+    """-> {number: (steps,), histogram: (bins, steps)}, as arrays; nan where there is nothing."""
+    columns = table(rows)
+    if columns.get("step") != [*range(len(rows))]:
+        raise ValueError("log.jsonl has no whole row yet, or a step is not in it")
+    shares = [row.get("entropy_histogram") or [None] * 32 for row in rows]
+    log = {"shares of tokens": np.array(shares, float).reshape(len(rows), 32).T}
+    for name, values in columns.items():
+        if not name.endswith(("histogram", "by_turn", "by_task")):
+            log[name] = np.array(values, float)
+    # damaged settings raise an error
+    label(settings(config), [])
+    return log
 
 
 def settings(config):
-    """The settings that had an effect, without the seed; 0, None, "" and "off" have none."""
-    used = {name: value for name, value in config.items() if value not in (0, None, "", "off")}
-    smoothed = "entropy_coef" in used and "smoothing" in used
-    idle = IGNORED + ([] if smoothed else CORRIDOR)
-    idle += [] if config["env"] == "alfworld" else ["games"]
-    return {name: value for name, value in used.items() if name not in idle}
-
-
-def method(own):
-    """The paper's name for `settings`."""
-    name = own["algo"].upper()
-    if "entropy_coef" not in own:
-        return name + "+EA" * ("shaping" in own)
-    if "smoothing" not in own:
-        return name + ("+EPO-Decay" if "entropy_decay" in own else "+EPO-Base")
-    name += "+EPO" if "dynamic_weight" in own else "+EPO w/o DW"
-    return name + ", indicator" * (own["smoothing"] == "indicator")
+    """The settings that had an effect, without the seed; algo is the paper's name of the method."""
+    own = {name: value for name, value in config.items() if value not in (0, None, "", "off")}
+    method, idle = config["algo"].upper(), IGNORED
+    if "entropy_coef" in own:
+        method += "+EPO" if "smoothing" in own else "+EPO-Base"
+    if not method.endswith("+EPO"):
+        idle = IGNORED + CORRIDOR
+    return {name: own[name] for name in own if name not in idle} | {"algo": method}
 
 
 def label(own, groups):
-    """The method of a group's `settings`, and what else differs between the groups."""
-    text = method(own)
-    for name in sorted(own.keys() - {"algo", "smoothing", "dynamic_weight"}):
-        rivals = [other for other in groups if name in other or method(other) == method(own)]
-        if any(other.get(name) != own[name] for other in rivals):
-            value = str(own[name]).removesuffix(".0")
-            text += f", {SYMBOLS.get(name, name.replace('_', ' '))} {value}"
+    """The method of a group's `settings`, a λ that is not the paper's, and what else differs."""
+    text = own["algo"]
+    rivals = [other for other in groups if other["algo"] == text]
+    for name in sorted(own):
+        value = str(own[name]).removesuffix(".0")
+        differs = any(other.get(name) != own[name] for other in rivals)
+        if name == "entropy_coef" and own[name] != 0.001:
+            text += f", λ\xa0{value} ({own[name] / 0.001:g} × the paper's)"
+        elif differs:
+            text += f", {SYMBOLS.get(name, name)}\xa0{value}"
     return text
 
 
@@ -134,288 +141,157 @@ def grouped(arguments):
     runs = {}
     for argument in arguments:
         *name, path = [argument] if Path(argument).exists() else argument.split("=", 1)
-        for folder in run_folders(path):
-            runs[*name, folder.resolve()] = load(folder)
-    unnamed = []
-    for key, (config, _) in runs.items():
-        if len(key) == 1:
-            unnamed.append(settings(config))
+        for key, run in load(path).items():
+            runs[*name, key] = run
+    different = [settings(config) for config, _ in runs.values()]
     groups = {}
     for (*name, _), run in runs.items():
-        text = name[0] if name else label(settings(run[0]), unnamed)
+        text = name[0] if name else label(settings(run[0]), different)
         groups.setdefault(text, []).append(run)
     return groups
 
 
-def mean(table):
+def mean(numbers):
     """Over the first axis, of what is not nan; nan where nothing is left."""
-    return np.ma.masked_invalid(table).mean(0).filled(np.nan)
+    return np.ma.masked_invalid(numbers).mean(0).filled(np.nan)
 
 
 def stack(runs, name):
     """A column of the log of all runs -> (seeds, …, steps), nan after the end of a shorter run."""
-    columns = [log[name] for _, log in runs]
-    largest = np.max([column.shape for column in columns], 0)
-    table = np.full([len(runs), *largest], np.nan)
-    for row, column in zip(table, columns, strict=True):
-        row[tuple(map(slice, column.shape))] = column
-    return table
+    columns = [log.get(name, log["step"] * np.nan) for _, log in runs]
+    steps = max(column.shape[-1] for column in columns)
+    stacked = np.full([len(runs), *columns[0].shape[:-1], steps], np.nan)
+    for row, column in zip(stacked, columns, strict=True):
+        row[..., : column.shape[-1]] = column
+    return stacked
 
 
 def draw(axis, runs, name, **style):
-    """A column of the log: the mean as a thick line, each of several seeds as a thin one."""
-    table = stack(runs, name)
-    thin = {"color": style["color"], "linewidth": 0.8, "alpha": 0.5}
-    lines = [(mean(table), style)]
-    if len(table) > 1:
-        lines += [(seed, thin) for seed in table]
-    for numbers, look in lines:
-        steps = np.flatnonzero(np.isfinite(numbers))
-        axis.plot(steps, numbers[steps], **look)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axis.set_xlabel("RL step")
+    """A column of the log: the mean as a line, and a band from the lowest seed to the highest."""
+    stacked = stack(runs, name)
+    middle = mean(stacked)
+    steps = np.flatnonzero(np.isfinite(middle))
+    axis.plot(steps, middle[steps], **style)
+    if len(runs) > 1:
+        seeds = np.ma.masked_invalid(stacked[:, steps])
+        axis.fill_between(steps, seeds.min(0), seeds.max(0), color=style["color"], alpha=0.2, lw=0)
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
 
 
-def compare(axes, groups, panels):
-    """A line for each group in each panel. panels: {column of the log: (title, unit)}."""
-    for axis, (column, (title, unit)) in zip(axes, panels.items(), strict=True):
-        axis.set(title=title, ylabel=unit)
-        for i, (text, runs) in enumerate(groups.items()):
-            # colour, marker and dashes differ, in cycles of 7, 8 and 4
-            style = {"color": COLOURS[i % 7], "marker": "osD^vPX*"[i % 8]}
-            style |= {"linestyle": DASHES[i % 4], "markevery": (0.02 * i, 0.15)}
-            style["label"] = f"{text} (n = {len(runs)})"
-            draw(axis, runs, column, **style)
+def side_by_side(fig, groups, rows):
+    """A column of panels for each group -> (panels, runs), one by one; rows: {unit: height}."""
+    shared = {"sharex": True, "sharey": "row", "squeeze": False}
+    grid = fig.subplots(len(rows), len(groups), height_ratios=[*rows.values()], **shared)
+    for axis, unit in zip(grid[:, 0], rows, strict=True):
+        axis.set_ylabel(unit)
+    for panels, (text, runs) in zip(grid.T, groups.items(), strict=True):
+        panels[0].set_title(fill(f"{text} (n = {len(runs)})", max(18, 72 // len(groups))))
+        panels[-1].set_xlabel("RL step")
+        yield panels, runs
 
 
-def new_figure(groups, title, size=(13, 7.5), dpi=100):
-    fig = Figure(size, dpi, layout="constrained")
-    worlds = {config["env"] for runs in groups.values() for config, _ in runs}
+def finished(fig, groups, title):
+    """Its title, and a legend below, where it covers nothing; each name once."""
+    worlds = {str(config.get("env")) for runs in groups.values() for config, _ in runs}
     fig.suptitle(f"{', '.join(sorted(worlds))}: {title}")
-    return fig
-
-
-def legend(fig, note=""):
-    """Below, where it covers nothing; each name once."""
     lines = {}
     for axis in fig.axes:
-        lines |= {name: line for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    columns = 1 if max(map(len, lines)) > 45 else 2
-    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
-    title = f"thick: mean of n seeds; thin: each seed{note}"
-    fig.legend(lines.values(), lines, title=title, **place)
+        handles, names = axis.get_legend_handles_labels()
+        lines |= dict(zip(names, handles, strict=True))
+    fig.legend(
+        lines.values(),
+        lines,
+        title="mean over n seeds; band: from the lowest seed to the highest",
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
     return fig
 
 
 def overview(groups):
-    # fewer inches on as many pixels make larger letters
-    fig = new_figure(groups, "entropy and success in training", size=(9.5, 6.5), dpi=137)
-    upper, lower = fig.subplots(2, 1, height_ratios=[2, 1], sharex=True)
-    panels = {"entropy": (None, "mean entropy (nats)"), "success": (None, "episodes won\n(share)")}
-    compare([upper, lower], groups, panels)
-    for colour, runs in zip(COLOURS, groups.values(), strict=False):
+    fig = Figure(**SIZE)
+    rows = {"entropy (nats)": 4, "episodes won\n(share)": 3}
+    for (upper, lower), runs in side_by_side(fig, groups, rows):
+        draw(upper, runs, "entropy", color=BLUE, label="mean entropy of a step")
         if "smoothing" in settings(runs[0][0]):
-            cap = mean(stack(runs, "corridor_high"))
-            upper.plot(cap, color=colour, linestyle=":", linewidth=1)
-    upper.set(xlabel=None, ylim=(0, None))
-    lower.set_ylim(0)
-    return legend(fig, "; dotted: cap $\\kappa_r\\bar{H}_W$")
-
-
-def cells(fig, groups, ratio):
-    """Two panels, one over the other, for each group -> (upper, lower, its runs) one by one."""
-    columns = min(len(groups), 2)
-    bands = -(-len(groups) // columns)
-    fig.set_figheight(3.75 * max(bands, 2))
-    boxes = fig.subfigures(bands, columns, squeeze=False).flat
-    for box, (text, runs) in zip(boxes, groups.items(), strict=False):
-        upper, lower = box.subplots(2, 1, sharex=True, height_ratios=ratio)
-        upper.set_title(f"{text} (n = {len(runs)})")
-        upper.sharey(fig.axes[0])
-        lower.sharey(fig.axes[1])
-        yield upper, lower, runs
-    lower.set_ylim(0)
-
-
-def entropy(groups):
-    fig = new_figure(groups, "mean entropy and its corridor; below, the share of tokens outside it")
-    for upper, lower, runs in cells(fig, groups, [2, 1]):
-        low, high = mean(stack(runs, "corridor_low")), mean(stack(runs, "corridor_high"))
-        steps = np.flatnonzero(np.isfinite(low + high))
-        style = {"fill": True, "alpha": 0.35, "label": "corridor"}
-        if "smoothing" not in settings(runs[0][0]):
-            style = {"linestyle": ":", "label": "corridor, not in the loss"}
-        if len(steps):
-            # it is set before a step, and the same all through it
-            edges = [steps[0] - 0.5, *(steps + 0.5)]
-            upper.stairs(high[steps], edges, baseline=low[steps], color=SKY, **style)
-        draw(upper, runs, "entropy", color=BLUE, marker=".", label="mean entropy $\\bar{H}_k$")
-        draw(lower, runs, "above", color=ORANGE, marker=".", label="tokens above the cap")
-        if (low > 0).any():
-            draw(lower, runs, "below", color=RED, linestyle="--", label="tokens below the floor")
-        upper.set(ylabel="entropy (nats)", xlabel=None)
-        lower.set_ylabel("tokens\n(share)")
-    return legend(fig, "; corridor: $\\kappa_l\\bar{H}_W$ to $\\kappa_r\\bar{H}_W$")
-
-
-def entropy_by_turn(groups):
-    fig = new_figure(groups, "mean entropy of each turn; below, of the first and the last turns")
-    pictures = [mean(stack(runs, "entropy_by_turn")) for runs in groups.values()]
-    highest = max(np.nanmax(picture, initial=0) for picture in pictures)
-    for (upper, lower, runs), picture in zip(cells(fig, groups, [3, 2]), pictures, strict=True):
-        turns, steps = picture.shape
-        image = upper.imshow(picture, aspect="auto", origin="lower", vmin=0, vmax=highest)
-        image.set_extent((-0.5, steps - 0.5, 0.5, turns + 0.5))
-        upper.figure.colorbar(image, ax=upper, label="nats")
-        upper.grid(False)
-        upper.set_ylabel("turn")
-        draw(lower, runs, "first_third", color=BLUE, marker=".", label="first third of the turns")
-        draw(lower, runs, "last_third", color=RED, marker=".", ls="--", label="last third")
-        lower.set_ylabel("nats")
-    return legend(fig)
+            look = {"color": SKY, "linestyle": "--", "label": "its corridor's floor and cap"}
+            draw(upper, runs, "corridor_low", **look)
+            draw(upper, runs, "corridor_high", **look)
+        draw(lower, runs, "success", color=BLACK, label="success in training")
+        after = []
+        for split, colour, marker in (("IID", GREEN, "s"), ("OOD", RED, "D")):
+            shares = mean(stack(runs, f"{split.lower()}_success"))
+            text = f"evaluation on {split} tasks"
+            lower.plot(shares, marker, color=colour, label=text)
+            after += [f"{split} {share:.2f}" for share in shares[np.isfinite(shares)][-1:]]
+        lower.set_title(", ".join(after))
+    upper.set_ylim(0)
+    lower.set_ylim(-0.05, 1.05)
+    return finished(fig, groups, "entropy and success")
 
 
 def tokens(groups):
     """The mean hides it: most tokens are nearly certain, and a few are decisions."""
-    fig = new_figure(groups, "entropies of the tokens; below, the means by position in a response")
-    for upper, lower, runs in cells(fig, groups, [3, 2]):
-        shares = mean(stack(runs, "entropy_histogram"))  # (bins, steps)
+    fig = Figure(**SIZE)
+    rows = {"entropy (nats)": 2, "mean (nats)": 1}
+    for (picture, means), runs in side_by_side(fig, groups, rows):
+        shares = mean(stack(runs, "shares of tokens"))  # (bins, steps)
         steps = np.arange(shares.shape[1] + 1) - 0.5
-        image = upper.pcolormesh(steps, ENTROPY_EDGES, shares, norm=LogNorm(1e-3, 1))
-        upper.figure.colorbar(image, ax=upper, label="share of tokens")
-        upper.set_yscale("function", functions=(np.sqrt, np.square))
-        upper.set(ylim=(0, 4), yticks=[0, 0.1, 0.5, 1, 2, 4], ylabel="entropy (nats)")
-        upper.grid(False)
-        draw(upper, runs, "entropy", color=BLACK, label="mean entropy $\\bar{H}_k$")
-        for bound in ("corridor_low", "corridor_high"):
-            nats = mean(stack(runs, bound))
-            upper.plot(nats, color=RED, linestyle=":", label="corridor")
-        draw(lower, runs, "first_entropy", color=BLUE, label="first token")
-        draw(lower, runs, "rest_entropy", color=ORANGE, ls="--", label="the rest")
-        upper.set_xlabel(None)
-        lower.set_ylabel("nats")
-    return legend(fig)
+        image = picture.pcolormesh(steps, ENTROPY_EDGES, shares, norm=LogNorm(1e-3, 1))
+        picture.set_yscale("function", functions=(np.sqrt, np.square))
+        picture.set(ylim=(0, 4), yticks=[0, 0.1, 0.5, 1, 2, 4])
+        picture.grid(False)
+        draw(picture, runs, "entropy", color=BLACK, label="mean entropy")
+        draw(picture, runs, "corridor_high", color=RED, linestyle=":", label="cap of the corridor")
+        draw(means, runs, "first_entropy", color=BLUE, label="first token of a response")
+        draw(means, runs, "rest_entropy", color=ORANGE, linestyle="--", label="the rest")
+    fig.colorbar(image, ax=fig.axes[: len(groups)], label="share of tokens")
+    return finished(fig, groups, "entropies of the tokens, and their means")
 
 
-def success(groups):
-    fig = new_figure(groups, "success in training and in evaluations")
-    axes = fig.subplot_mosaic([["training", "training"], ["IID", "OOD"]], sharey=True)
-    unit = "episodes won (share)"
-    panels = {
-        "success": ("training", unit),
-        "iid_success": ("evaluation, IID tasks", unit),
-        "ood_success": ("evaluation, OOD tasks", unit),
-    }
-    compare(axes.values(), groups, panels)
-    axes["training"].set_ylim(0)
-    return legend(fig)
+def column(groups, name):
+    """A number of the log, with a line for each group."""
+    logs = [log for runs in groups.values() for _, log in runs]
+    if not any(name in log for log in logs):
+        raise SetupError(f"--draw: {name} is no figure, and no number in these logs")
+    fig = Figure(**SIZE)
+    axis = fig.subplots()
+    for i, (text, runs) in enumerate(groups.items()):
+        look = {"color": COLOURS[i % 7], "linestyle": DASHES[i % 4]}
+        draw(axis, runs, name, label=fill(f"{text} (n = {len(runs)})", 34), **look)
+    axis.set(xlabel="RL step", ylabel=name)
+    return finished(fig, groups, name)
 
 
-def loss(groups):
-    fig = new_figure(groups, "the loss and its terms; each panel has its own scale")
-    axes = fig.subplots(2, 3).flat
-    panels = {
-        "loss": ("loss: the sum of the four terms", "loss (log beyond ±0.001)"),
-        "policy_loss": ("policy, $L_{MT}$", "loss"),
-        "entropy_term": ("entropy, $-\\lambda L_H$", "loss"),
-        "smoothing_term": ("smoothing, $\\lambda\\beta_k L_{smooth}$", "loss"),
-        "kl_term": ("KL to the reference policy, times its weight", "loss (log beyond ±0.001)"),
-        "beta": ("$\\beta_k$", "weight"),
-    }
-    compare(axes, groups, panels)
-    # the KL can jump by orders of magnitude
-    axes[0].set_yscale("symlog", linthresh=1e-3)
-    axes[4].set_yscale("symlog", linthresh=1e-3)
-    return legend(fig)
-
-
-def penalty(h, low, high, form):
-    """Eq. 3's P of tokens with entropy h: v2's hinge, or v1's indicator."""
-    distance = np.maximum(low - h, 0) + np.maximum(h - high, 0)
-    return distance if form == "hinge" else np.sign(distance)
-
-
-def net(h, low, high, alpha_beta):
-    """∂L/∂H of tokens with entropy h, in units of λ·w: the bonus, and α·β_k times P's slope."""
-    return -1 + alpha_beta * (1.0 * (h > high) - (h < low))
-
-
-def gradient():
-    """The two penalties, their slopes, and what Eq. 6 makes of them; needs no run."""
-    fig = Figure((13, 7.5), layout="constrained")
-    axes = fig.subplot_mosaic([["penalty", "net"], ["slope", "net"]], width_ratios=[1, 1.2])
-    low, high, h = 0.5, 2.0, np.linspace(0, 3, 3001)
-    panels = {
-        "penalty": (-0.1, 1.7, "penalty of a token", "$P$"),
-        "slope": (-1.4, 1.4, "its slope", "$\\partial P / \\partial H$"),
-        "net": (
-            -3.5,
-            1.6,
-            "gradient of the loss, Eq. 6",
-            "$\\partial L / \\partial H$, in units of $\\lambda w$",
-        ),
-    }
-    for name, (bottom, top, title, unit) in panels.items():
-        axes[name].axvspan(low, high, color=SKY, alpha=0.25, linewidth=0)
-        axes[name].set(xlim=(0, 3), ylim=(bottom, top), title=title, ylabel=unit)
-        axes[name].set_xlabel("entropy of the token, in units of $\\bar{H}_W$")
-    hinge = {"color": BLUE, "label": "hinge (v2)"}
-    indicator = {"color": RED, "linestyle": "--", "label": "indicator (v1, published code)"}
-    for form, style in {"hinge": hinge, "indicator": indicator}.items():
-        axes["penalty"].plot(h, penalty(h, low, high, form), **style)
-    axes["slope"].plot(h, net(h, low, high, 1) + 1, **hinge)
-    axes["slope"].plot(h, 0 * h, **indicator)
-    weak, strong = "raises entropy everywhere", "pulls it back above the cap"
-    for value, dashes, effect in ((0.2, "-", weak), (2, ":", strong)):
-        text = f"hinge, $\\alpha\\beta_k = {value}$: {effect}"
-        style = {"color": BLUE, "linewidth": 3, "linestyle": dashes, "label": text}
-        axes["net"].plot(h, net(h, low, high, value), **style)
-    axes["net"].plot(h, 0 * h - 1, **indicator)
-    axes["net"].axhline(0, color="#000000", linewidth=1)
-    notes = {
-        "above 0: lowers entropy": (1.25, 0.2),
-        "below 0: raises entropy": (1.25, -0.2),
-        "$-(1+0.2)$": (0.25, -1.4),
-        "$-(1+2)$": (0.25, -2.8),
-        "$-(1-0.2)$": (2.5, -0.6),
-        "$-(1-2)$": (2.5, 1.2),
-    }
-    centred = {"ha": "center", "va": "center"}
-    for text, place in notes.items():
-        axes["net"].text(*place, text, **centred)
-    axes["penalty"].text(1.25, 0.5, "corridor\n$\\kappa_l = 0.5$, $\\kappa_r = 2$", **centred)
-    axes["penalty"].legend(loc="upper center", fontsize=12)
-    axes["net"].legend(loc="lower right", fontsize=12)
-    return fig
+FIGURES = {"overview": overview, "tokens": tokens}
+# groups: panels beside each other, or lines in one panel
+OF_FEW, OF_MANY = "overview,tokens", "entropy,success,iid_success,ood_success"
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"plot.py: {message}; see --help\n")
-    text = "a run folder, or a folder of run folders"
-    parser.add_argument("runs", nargs="*", metavar="[LABEL=]PATH", help=text)
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]PATH", help="what is drawn")
     parser.add_argument("--out", default="figures", help="where the files go")
+    parser.add_argument("--draw", help="figures, or numbers of the log, separated by commas")
     parser.add_argument("--format", default="png", choices=("png", "svg", "pdf"))
     args = parser.parse_args()
     # the date inside a file: the same bytes every time
     os.environ["SOURCE_DATE_EPOCH"] = "0"
+    rcParams.update(LOOK)
     try:
         groups = grouped(args.runs)
         os.makedirs(args.out, exist_ok=True)
-        with rc_context(LOOK):
-            makers = [overview, entropy, tokens, entropy_by_turn, success, loss]
-            if len(groups) > len(COLOURS):
-                # it would say little
-                makers.remove(overview)
-            figures = {make.__name__: make(groups) for make in makers if groups}
-            for name, fig in (figures or {"gradient": gradient()}).items():
-                path = os.path.join(args.out, f"{name}.{args.format}")
-                write_whole(path, partial(fig.savefig, format=args.format))
-                print(path)
+        default = OF_FEW if len(groups) < 5 else OF_MANY
+        for name in (args.draw or default).split(","):
+            if name in FIGURES:
+                fig = FIGURES[name](groups)
+            else:
+                fig = column(groups, name)
+            path = os.path.join(args.out, f"{name}.{args.format}")
+            write_whole(path, partial(fig.savefig, format=args.format))
+            print(path)
     except (SetupError, OSError) as error:
         sys.exit(f"plot.py: {error}")
 
