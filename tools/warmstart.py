@@ -1,259 +1,192 @@
-"""Make a tiny policy that can already play: a tokenizer and a Llama, cloned from demonstrations.
+"""Warm start: a model that can play a little, because reward teaches nothing where nobody wins.
 
-    python -m tools.warmstart --env scienceworld       # -> models/scienceworld, 12 minutes
-    python -m tools.warmstart --env alfworld           # -> models/alfworld, 15 minutes
-    python -m tools.warmstart --env keyquest           # -> models/keyquest, seconds
+    python -m tools.warmstart --env keyquest --out models/mine          # a tiny policy, seconds
+    python -m tools.warmstart --env keyquest --model models/smollm2-135m --out models/mine
 
-With --model it clones solutions with a chat model instead: tools/chat_warmstart.py.
-
-ScienceWorld: the simulator's own gold actions for *train* variations of three short task types.
-They are cleaned (a door that is open is not opened, a thing is called what the prompt calls it) and
-used only if they then still solve the task. The task's sentence is made unreliable: in three of
-five demonstrations it names another kind of thing than the one that is fetched. So the policy knows
-its way, the words and how to carry a thing to a box. To read what it is asked for is left to RL.
-
-ALFWorld: walkthroughs of *train* games, cleaned likewise: of generated games, and of the real ones
-where they are found. One policy then has the words of both. Three of five demonstrations leave out
-what their task is about, such as to heat a thing at the microwave. To do it is left to RL.
-
-KeyQuest: random walks that turn back at walls. The policy can write and walk, and does not know
-what for.
+Without --model it makes a tiny policy as those in models/: a tokenizer and a small Llama, cloned on
+what the world demonstrates. With --model it clones solutions of train tasks into a chat model, with
+LoRA. They hold no thoughts, so the model is asked for the action alone (--think off). The folder
+appears whole, and a command that was stopped goes on if it is given again.
 """
 
 import argparse
+import math
 import os
 import random
-import re
+import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, fields
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from envs import ALFWORLD_TASKS, ALFWorld, ScienceWorld
-from rollout import Turn, response_states, score_tokens
-from support.forward import pad
-from support.loading import ROOT
-from support.run_folder import SetupError
-from worlds.alfworld import find_alfworld
-from worlds.keyquest import KeyQuest
+from config import Config, check, decide, flag
+from envs import demonstration, make_world, world_class
+from policy import (
+    choose_device,
+    load_policy,
+    load_weights,
+    response_states,
+    save_model,
+    score_tokens,
+    trained,
+)
+from rollout import Turn
+from support import run_folder
+from support.forward import micro_batches, pad
+from support.report import SPLITS, two_digits
+from support.run_folder import SetupError, locked
+from train import draw_tasks, evaluate
+from worlds.alfworld import ALFWORLD_TASKS
+from worlds.scienceworld import PLAYED
 
-# ScienceWorld's task types that are demonstrated, and what their sentence asks for
-KINDS = {
-    "find-animal": "animal",
-    "find-non-living-thing": "non-living thing",
-    "find-plant": "plant",
+# seconds between checkpoints
+SAVE_EVERY = 60
+FLAGS = {
+    "out": (str, "the folder to write; a tiny policy's is else models/ENV"),
+    "seed": (int, "(default: 0)"),
+    "eval_episodes": (int, "on each of IID and OOD"),
+    "model": (str, "a chat model: a folder, or a name on the hub; the rest is for chat models"),
+    "lora_rank": (int, "of the adapter that learns (default: 32; 0: all weights learn)"),
+    "demos": (int, "train tasks whose solutions are cloned (default: 200)"),
+    "epochs": (int, "(default: 1)"),
+    "batch": (int, "turns of an update (default: 16)"),
+    "lr": (float, "highest rate of the cloning (default: 1e-3)"),
 }
-# those that train.py plays with the policy
-PLAYED = ("find-animal", "find-living-thing", "find-non-living-thing")
-ARTICLE = re.compile(r"^(?:an?|the) (?:substance called )?")
-# of a walkthrough; they change nothing that matters
-IDLE_VERBS = ("look", "inventory", "examine", "help", "close")
-# what ALFWorld's task types are about
-TASK_VERBS = ("clean", "heat", "cool", "use")
-
-
-def demonstration(prompt, past):
-    """[(Observation, action)] of an episode -> [(prompt, action)]. prompt: as World's prompts are.
-
-    None, of an episode that was not solved, is None.
-    """
-    return past and [(prompt(past[:i], now), action) for i, (now, action) in enumerate(past)]
-
-
-# ---- ScienceWorld
-
-
-def plain_name(name, look):
-    """What `look` calls the thing that a gold action names, such as "egg dove egg in inventory"."""
-    words = set(name.replace(" in inventory", "").split())
-    lines = [line.strip() for line in look.splitlines() if line.startswith("\t")]
-    things = [re.sub(r"\s*[(,.].*", "", ARTICLE.sub("", line)) for line in lines]
-    return min((thing for thing in things if words <= set(thing.split())), key=len, default=name)
-
-
-def clean(action, look, carried):
-    """-> a gold action in the words of the prompt, None if it is of no use; what is then carried"""
-    door = re.fullmatch("open door to (.*)", action)
-    if action == "look around" or door and f"A door to the {door[1]} (that is open)" in look:
-        return None, carried
-    if match := re.fullmatch("(focus on|pick up) (.*)", action):
-        name = plain_name(match[2], look)
-        return f"{match[1]} {name}", name if match[1] == "pick up" else carried
-    match = re.fullmatch(r"move .* to (\w+ box)", action)
-    if match and carried:
-        return f"move {carried} to {match[1]}", carried
-    return action, carried
-
-
-def play_scienceworld(world, task):
-    """-> [(Observation, action)] of a cleaned solution, or None if cleaning broke it"""
-    gold = world.gold(task)
-    now, past, carried = world.reset([task])[0], [], None
-    for action in gold:
-        action, carried = clean(action, now.look, carried)
-        if action is None:
-            continue
-        past.append((now, action))
-        now = world.step({0: action})[0]
-        if now.done or now.invalid:
-            break
-    return past if now.success else None
-
-
-def misname(demo, task_name, rng):
-    """The demonstration with another kind of thing in its task's sentence, three times of five."""
-    asked = kind = KINDS[task_name]
-    if rng.random() >= 0.4:
-        asked = rng.choice([other for other in KINDS.values() if other != kind])
-    replace = lambda text: text.replace(f"find a(n) {kind}.", f"find a(n) {asked}.", 1)
-    return [(replace(prompt), action) for prompt, action in demo]
-
-
-def scienceworld_demos(rng):
-    """Four demonstrations of each train variation."""
-    demos = []
-    with ScienceWorld(tuple(KINDS)) as world:
-        for task in world.tasks("train"):
-            past = play_scienceworld(world, task)
-            if demo := demonstration(world.compact_prompt, past):
-                demos += [misname(demo, task.name, rng) for _ in range(4)]
-    return demos
-
-
-# ---- ALFWorld
-
-
-def useful_actions(walkthrough):
-    """A walkthrough without what cannot help: looks, closing, and a second visit for nothing."""
-    visits = []
-    for action in walkthrough:
-        if action.startswith("go to "):
-            visits.append((action, []))
-        elif visits and action.split()[0] not in IDLE_VERBS:
-            visits[-1][1].append(action)
-    useful, visited, opened, place = [], set(), set(), None
-    for go, actions in visits:
-        actions = [action for action in actions if action not in opened]
-        openings = {action for action in actions if action.startswith("open ")}
-        if go in visited and len(openings) == len(actions):
-            continue
-        useful += [go] * (go != place) + actions
-        visited.add(go)
-        opened |= openings
-        place = go
-    return useful
-
-
-def hasty(plan):
-    """A plan without what its task is about. It goes to the microwave, say, and heats nothing."""
-    return [action for action in plan if action.split()[0] not in TASK_VERBS]
-
-
-def play(world, tasks, plans):
-    """Play lists of actions side by side -> [(the last Observation, [(Observation, action)])]"""
-    now = dict(enumerate(world.reset(tasks)))
-    past = [[] for _ in tasks]
-    for t in range(max(map(len, plans))):
-        playing = [slot for slot, o in now.items() if o and not o.done and not o.invalid]
-        actions = {slot: plans[slot][t] for slot in playing if t < len(plans[slot])}
-        for slot, action in actions.items():
-            past[slot].append((now[slot], action))
-        now |= world.step(actions)
-    return [(now[slot], past[slot]) for slot in now]
-
-
-def alfworld_demos(rng):
-    """Demonstrations of 100 games of each type, if there are so many."""
-    demos = []
-    for games in ["generated"] + ["real"] * (find_alfworld() is not None):
-        with ALFWorld(games=games) as world:
-            tasks = world.tasks("train")
-            rng.shuffle(tasks)
-            by_type = {name: [] for name in ALFWORLD_TASKS}
-            for task in tasks:
-                by_type[task.name].append(task)
-            chosen = [task for name in by_type for task in by_type[name][:100]]
-            for first in range(0, len(chosen), 32):
-                part = chosen[first : first + 32]
-                plans = [useful_actions(world.gold(task) or []) for task in part]
-                cut = [hasty(plan) if rng.random() < 0.6 else plan for plan in plans]
-                played = zip(plans, cut, play(world, part, cut), strict=True)
-                for plan, actions, (last, past) in played:
-                    # a plan that is cut solves nothing, but its actions are valid
-                    was_cut = actions != plan
-                    if last and (last.success or was_cut and not last.invalid):
-                        demos.append(demonstration(world.compact_prompt, past))
-    return demos
-
-
-# ---- KeyQuest
-
-
-def keyquest_demos(rng):
-    """Walks of 20 turns among valid actions. They turn back at a wall, and else rather go on."""
-    world, demos = KeyQuest(), []
-    for task in world.tasks("train"):
-        now, past = world.reset([task])[0], []
-        for _ in range(20):
-            ways = ["west", "east"]
-            last = past[-1][1] if past else None
-            if last in ways and now.reply == "A wall.":
-                ways.remove(last)
-            elif last in ways:
-                ways.append(last)
-            acts = {"key": "take key", "chest": "open chest", "coin": "take coin"}
-            ways += [act for thing, act in acts.items() if thing in now.look]
-            past.append((now, rng.choice(ways)))
-            now = world.step({0: past[-1][1]})[0]
-            if now.done:
-                break
-        demos.append(demonstration(world.compact_prompt, past))
-    return demos
-
-
-# ---- The tokenizer and the model
-
-
-@dataclass
-class Recipe:
-    """demos: makes the demonstrations. made_for: what train.py does with the policy by default.
-
-    vocabulary None: whole words.
-    """
-
-    demos: Callable
-    made_for: dict
-    epochs: int
-    rate: float = 1.5e-3
-    batch: int = 16
-    vocabulary: int | None = 1024
-    width: int = 128
-    ffn: int = 352
-    layers: int = 3
-    initializer_range: float = 0.05
-
-
-SMALL = dict(vocabulary=None, width=32, ffn=64, layers=2, initializer_range=0.2)
+FLAGS |= dict.fromkeys("turns max_tokens tokens_per_batch".split(), (int, "as train.py's"))
+FLAGS |= dict.fromkeys("tasks dtype device simplifications games".split(), (str, "as train.py's"))
+CHAT = dict(seed=0, out="", measure="both", batch=16, lr=1e-3, epochs=1, demos=200, lora_rank=32)
+LLAMA = dict(num_attention_heads=4, max_position_embeddings=1024, tie_word_embeddings=True)
+# a tiny policy's settings. asks: what train.py does with it; vocabulary None: whole words
+MEDIUM = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=3, initializer_range=0.05)
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, initializer_range=0.2)
+TINY = dict(seed=0, measure="after", batch=16, lr=1.5e-3, vocabulary=1024, shape=MEDIUM)
+WORDS = dict(TINY, batch=32, lr=5e-3, vocabulary=None, shape=SMALL)
 RECIPES = {
-    "scienceworld": Recipe(
-        scienceworld_demos, {"tasks": list(PLAYED), "turns": 12, "lr": 2e-4}, epochs=2
-    ),
-    "alfworld": Recipe(
-        alfworld_demos, {"tasks": list(ALFWORLD_TASKS), "turns": 30, "lr": 2e-4}, epochs=4
-    ),
-    "keyquest": Recipe(
-        keyquest_demos,
-        {"tasks": ["short", "long"], "lr": 3e-3},
-        epochs=2,
-        rate=5e-3,
-        batch=32,
-        **SMALL,
-    ),
+    "scienceworld": dict(TINY, epochs=2, asks=dict(tasks=list(PLAYED), turns=12, lr=2e-4)),
+    "alfworld": dict(TINY, epochs=4, asks=dict(tasks=list(ALFWORLD_TASKS), turns=30, lr=2e-4)),
+    "keyquest": dict(WORDS, epochs=2, asks=dict(tasks=["short", "long"], lr=3e-3)),
 }
+
+
+def parse_arguments():
+    """The command line, with what was not given. Raises SetupError for what cannot work."""
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    # what is not given is left out
+    style["argument_default"] = argparse.SUPPRESS
+    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser.error = lambda message: parser.exit(2, f"warmstart.py: {message}; see --help\n")
+    parser.add_argument("--env", choices=tuple(RECIPES), required=True)
+    when = "success; default: both (before and after), of a tiny policy after"
+    parser.add_argument("--measure", choices=("both", "after", "none"), help=when)
+    for name, (kind, text) in FLAGS.items():
+        parser.add_argument(flag(name), type=kind, help=text)
+    given = vars(parser.parse_args())
+    defaults = CHAT
+    if "model" not in given:
+        if idle := given.keys() - {"env", "out", "measure", "seed", "eval_episodes"}:
+            raise SetupError(f"{flag(min(idle))} does nothing without --model; leave it out")
+        defaults = RECIPES[given["env"]] | {"out": f"models/{given['env']}"}
+    args = argparse.Namespace(**defaults | given)
+    for name in ("demos", "epochs", "batch"):
+        if not 1 <= getattr(args, name, 1) <= 10**5:
+            raise SetupError(f"{flag(name)} must be between 1 and 100000")
+    if not args.out:
+        raise SetupError("--out is missing or empty; name the folder to write")
+    args.out = os.path.normpath(args.out)
+    if os.path.lexists(args.out):
+        message = "name another folder with --out, or remove it first"
+        raise SetupError(f"{args.out} exists already; {message}")
+    return args
+
+
+def warmstart(args):
+    """Clone, or go on with cloning; write the model to args.out. Raises SetupError."""
+    tiny, folder, made = "model" not in args, args.out + ".unfinished", None
+    within = lambda name: os.path.join(folder, name)
+    if os.path.exists(folder) and {"lock", "start"}.isdisjoint(os.listdir(folder)):
+        raise SetupError(f"{folder} is not of a warm start; move it away")
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
+    check(Config(**given))
+    if tiny:
+        given |= {"model": within("start"), "device": "cpu"}
+        if not os.path.exists(within("checkpoint.pt")):
+            made = make_tiny(args, within("start"))
+    else:
+        given["think"] = "off"
+    cfg = decide(given | {"out": folder})
+    # LoRA's adapter begins at random
+    torch.manual_seed(cfg.seed)
+    how = (*choose_device(cfg.device, cfg.dtype), cfg.lora_rank, cfg.think, cfg.tokens_per_batch)
+    policy = load_policy(cfg.model, cfg.env, *how)
+    if policy.compact and not tiny:
+        raise SetupError(f"{cfg.model} is a tiny policy; leave out --model to make one")
+    with make_world(cfg, compact=True) as world:
+        os.makedirs(within("transcripts"), exist_ok=True)
+        with locked(folder):
+            state = begin_or_go_on(policy, world, args, within("checkpoint.pt"), made)
+            result = state["result"]
+            if args.measure == "both" and not result:
+                result["before"] = measure(policy, world, cfg, "before")
+            clone(policy, state, args, within("checkpoint.pt"))
+            if args.measure != "none":
+                result["after"] = measure(policy, world, cfg, "after")
+            asks = {"think": "off", "turns": cfg.turns, "max_tokens": cfg.max_tokens}
+            asks["tasks"] = list(world.names)
+            if policy.model.num_parameters() < 1.5e9:
+                # the learning rate of RL; for larger models none was tried
+                asks["lora_lr"] = 5e-4
+            # a tiny policy has what it asks for from its start
+            save_model(policy, {} if tiny else asks, within("whole"))
+            shutil.copytree(within("transcripts"), within("whole/transcripts"))
+            result = {"settings": asdict(cfg) | vars(args), **result}
+            run_folder.write_json(within("whole/warmstart.json"), result)
+            os.rename(within("whole"), args.out)
+            shutil.rmtree(folder)
+    print(f"wrote {args.out}")
+
+
+def measure(policy, world, cfg, when):
+    """Success and the share of invalid turns on both splits, printed. -> what train.py would log"""
+    tasks = {split: draw_tasks(world.tasks(split), cfg.eval_episodes, 0) for split in SPLITS}
+    row = evaluate(world, policy, tasks, cfg, ["before", "after"].index(when))
+    text = ""
+    for what in ("success", "invalid"):
+        iid, ood = (two_digits(row[f"{split}_{what}"]) for split in SPLITS)
+        text += f"{what} IID {iid}, OOD {ood}; "
+    print(f"{when}: {text}{row['seconds_eval']:.0f} s", flush=True)
+    return row
+
+
+# ---- What is cloned
+
+
+def make_tiny(args, start):
+    """Write a random tiny model and its tokenizer to the folder `start`. -> as solved_turns"""
+    # a folder that cannot be written is refused before the work
+    os.makedirs(start, exist_ok=True)
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    demos = world_class(args.env).demonstrations(rng)
+    pairs = [pair for demo in demos for pair in demo]
+    tokenizer = make_tokenizer((text for pair in pairs for text in pair), args.vocabulary)
+    end = tokenizer.eos_token_id
+    # prompt and what it asks for are this project's; policy.py reads them
+    own = {"vocab_size": len(tokenizer), "prompt": "compact", **args.shape, **args.asks}
+    special = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
+    model = LlamaForCausalLM(LlamaConfig(**own, **special, **LLAMA))
+    model.save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    encode = tokenizer.encode
+    turns = [(encode(prompt), [*encode(action), end]) for prompt, action in pairs]
+    order, orders = list(range(len(turns))), []
+    for _ in range(args.epochs):
+        rng.shuffle(order)
+        # whole batches alone
+        orders.append(order[: len(order) // args.batch * args.batch])
+    return turns, orders
 
 
 def make_tokenizer(texts, vocabulary):
@@ -262,133 +195,113 @@ def make_tokenizer(texts, vocabulary):
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=["<end>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        special = {"special_tokens": ["<end>"], "show_progress": False}
+        trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, **special)
     else:
         tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = ["<end>", "<unk>"]
-        trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+        trainer = trainers.WordLevelTrainer(special_tokens=["<end>", "<unk>"], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    end = {"eos_token": "<end>", "pad_token": "<end>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **end)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
-def make_model(recipe, tokenizer):
-    end = tokenizer.eos_token_id
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.width,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=4,
-        intermediate_size=recipe.ffn,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        initializer_range=recipe.initializer_range,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=end,
-        # these are this project's; support/loading.py reads them
-        prompt="compact",
-        **recipe.made_for,
-    )
-    return LlamaForCausalLM(config)
+def solved_turns(policy, world, args):
+    """-> turns, as (prompt ids, response ids), and for each epoch the order of their numbers"""
+    tasks = draw_tasks(world.tasks("train"), args.demos, f"demonstrations {args.seed}")
+    write = lambda past, now: policy.prompt(world, past, now)
+    pairs, encode = [], policy.encode
+    # as many side by side as simulators hold
+    for first in range(0, args.demos, 16):
+        for past in world.solutions(tasks[first : first + 16]):
+            pairs += demonstration(write, past)
+    if not pairs:
+        raise SetupError("none of the demonstrations reaches its goal; give more --demos")
+    turns = [(encode(prompt), encode(f"<action>{action}</action>")) for prompt, action in pairs]
+    rngs = [random.Random(f"{args.seed} {epoch}") for epoch in range(args.epochs)]
+    return turns, [rng.sample(range(len(turns)), len(turns)) for rng in rngs]
+
+
+# ---- Cloning
+
+
+def begin_or_go_on(policy, world, args, path, made):
+    """-> what a checkpoint holds. made: the turns and orders of a tiny policy"""
+    if os.path.exists(path):
+        state = run_folder.load_checkpoint(path)
+        if state.get("settings") != vars(args):
+            raise SetupError(f"{path} is of other settings; give them, or remove its folder")
+        load_weights(trained(policy.model), state["model"])
+        return state
+    turns, orders = made or solved_turns(policy, world, args)
+    print(f"{len(turns)} turns to clone", flush=True)
+    size = args.batch
+    batches = [order[i : i + size] for order in orders for i in range(0, len(order), size)]
+    state = {"settings": vars(args), "result": {}, "turns": turns, "batches": batches}
+    # with a history, as any checkpoint, which is empty here
+    return state | {"step": 0, "optimizer": {}, "history": []}
+
+
+def clone(policy, state, args, path):
+    """Behaviour cloning, from state["step"] on: raise the log-prob of the responses."""
+    turns = [Turn(0, prompt, response, [], []) for prompt, response in state["turns"]]
+    batches, parameters = state["batches"], trained(policy.model)
+    decay = 0.1 if policy.compact else 0.0
+    optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, len(batches), pct_start=0.1)
+    if state["step"]:
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+    saved = -math.inf
+    for step in range(state["step"], len(batches)):
+        loss = backpropagate(policy, turns, batches[step])
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        now = time.perf_counter()
+        if now - saved > SAVE_EVERY or step + 1 == len(batches):
+            saved = now
+            state |= {"step": step + 1, "model": parameters}
+            state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            run_folder.save_tensors(path, state)
+            print(f"batch {step + 1} of {len(batches)}: loss {loss:.3f}", flush=True)
+
+
+def backpropagate(policy, turns, batch):
+    """Add the gradient of a batch, given by the numbers of its turns. -> its action_loss"""
+    # a tiny policy reads it at once and in this order, so that models/ can be made again
+    parts = [batch] if policy.compact else micro_batches(turns, batch, policy.tokens_per_batch)
+    total = 0.0
+    for numbers in parts:
+        part, share = [turns[i] for i in numbers], len(numbers) / len(batch)
+        loss = action_loss(policy.model, part)
+        total += loss.item() * share
+        if policy.compact:
+            # a small model learns to copy names where it learns to write prompts
+            ids, mask = pad([turn.prompt for turn in part], "cpu", "left")
+            labels = ids.masked_fill(mask == 0, -100)
+            reading = policy.model(input_ids=ids, attention_mask=mask, labels=labels)
+            loss = loss + 0.5 * reading.loss
+        (loss * share).backward()
+    return total
 
 
 def action_loss(model, turns):
-    """-log π of the actions: the mean over the tokens of a turn, then over the turns."""
+    """-log π of the responses: the mean over the tokens of a turn, then over the turns."""
     lengths = torch.tensor([len(turn.response) for turn in turns], device=model.device)
-    tokens = [token for turn in turns for token in turn.response]
-    tokens = torch.tensor(tokens, device=model.device)
+    tokens = torch.tensor([t for turn in turns for t in turn.response], device=model.device)
     logp, _ = score_tokens(model, response_states(model, turns), tokens)
     return -(logp / lengths.repeat_interleave(lengths)).sum() / len(turns)
 
 
-def reading_loss(model, turns):
-    """-log π of the prompts: it teaches a small model to copy names."""
-    ids, mask = pad([turn.prompt for turn in turns], "cpu", "left")
-    labels = ids.masked_fill(mask == 0, -100)
-    return model(input_ids=ids, attention_mask=mask, labels=labels).loss
-
-
-def clone(model, tokenizer, demos, recipe, rng):
-    """Behaviour cloning: raise the log-prob of the demonstrated actions."""
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
-    turns = [
-        Turn(0, encode(prompt), encode(action) + [tokenizer.eos_token_id], [], [])
-        for demo in demos
-        for prompt, action in demo
-    ]
-    begin, steps = time.time(), len(turns) // recipe.batch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.rate, total_steps=recipe.epochs * steps, pct_start=0.1
-    )
-    for epoch in range(recipe.epochs):
-        rng.shuffle(turns)
-        total = 0.0
-        for step in range(steps):
-            batch = turns[step * recipe.batch : (step + 1) * recipe.batch]
-            loss = action_loss(model, batch)
-            total += loss.item()
-            optimizer.zero_grad()
-            (loss + 0.5 * reading_loss(model, batch)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-        text = f"{len(turns)} turns, loss {total / steps:.3f} nats a token"
-        print(f"epoch {epoch + 1}: {text}, {time.time() - begin:.0f} s", flush=True)
-
-
-def make(env, seed, out):
-    """Make the demonstrations, the tokenizer and the model, and write them to the folder `out`."""
-    torch.manual_seed(seed)
-    rng, begin = random.Random(seed), time.time()
-    recipe = RECIPES[env]
-    demos = recipe.demos(rng)
-    print(f"{len(demos)} demonstrations, {time.time() - begin:.0f} s", flush=True)
-    texts = (text for demo in demos for pair in demo for text in pair)
-    tokenizer = make_tokenizer(texts, recipe.vocabulary)
-    model = make_model(recipe, tokenizer)
-    size = f"{model.num_parameters() / 1e6:.2f} M parameters"
-    print(f"{size}, {len(tokenizer)} tokens", flush=True)
-    clone(model, tokenizer, demos, recipe, rng)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
 def main():
-    # it takes the demonstrations from here
-    from tools import chat_warmstart
-
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = lambda message: parser.exit(2, f"warmstart.py: {message}; see --help\n")
-    parser.add_argument("--env", choices=tuple(RECIPES), required=True)
-    parser.add_argument("--out", help="the folder to write (default: models/ENV)")
-    parser.add_argument("--seed", type=int, default=0)
-    chat_warmstart.add_flags(parser)
-    args = parser.parse_args()
-    if args.model and not args.out:
-        parser.error("--model needs --out, the folder to write")
     try:
-        if args.model:
-            chat_warmstart.warmstart(args)
-            return
-        out = args.out or os.path.join(ROOT, "models", args.env)
-        os.makedirs(out, exist_ok=True)
-        make(args.env, args.seed, out)
+        warmstart(parse_arguments())
     except (SetupError, OSError) as error:
         sys.exit(f"warmstart.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("warmstart.py: stopped; with --model, the same command goes on")
+        sys.exit("warmstart.py: stopped; the same command goes on")
 
 
 if __name__ == "__main__":
