@@ -99,7 +99,8 @@ class Config:
     @property
     def task_names(self):
         """The task types to play; () for all of the world's."""
-        return tuple(filter(None, (name.strip() for name in (self.tasks or "").split(","))))
+        names = (self.tasks or "").split(",")
+        return tuple(name.strip() for name in names if name.strip())
 
     def unusual(self):
         """{name: value} of the settings that are not their field's default."""
@@ -107,10 +108,13 @@ class Config:
 
 
 def allowed(hint):
-    """A field's type -> the types that its value may have, and its choices, () for any."""
-    parts = typing.get_args(hint) if typing.get_origin(hint) is not Literal else (hint,)
-    choices = [c for part in parts or (hint,) for c in typing.get_args(part)]
-    return tuple(str if typing.get_args(part) else part for part in parts or (hint,)), choices
+    """A field's type -> the types that its value may have, and its choices, [] for any."""
+    single = typing.get_origin(hint) in (None, Literal)
+    types, choices = [], []
+    for part in (hint,) if single else typing.get_args(hint):
+        choices += typing.get_args(part)
+        types.append(str if typing.get_args(part) else part)
+    return types, choices
 
 
 ALLOWED = {name: allowed(hint) for name, hint in typing.get_type_hints(Config).items()}
@@ -202,8 +206,9 @@ def decide(given):
 
 def with_floats(values):
     """JSON and presets have 1 where 1.0 is meant."""
-    is_int = lambda name: type(values[name]) is int and float in ALLOWED[name][0]
-    return values | {name: float(values[name]) for name in values if is_int(name)}
+    floats = [name for name in values if float in ALLOWED[name][0] and type(values[name]) is int]
+    # a larger one is refused as it is
+    return values | {name: float(values[name]) for name in floats if abs(values[name]) <= LARGEST}
 
 
 def saved_settings(given):
@@ -239,7 +244,8 @@ MOST_EPISODES = 10**6
 # the least and the largest value of a number
 BOUNDS = dict.fromkeys("discount gae_lambda entropy_decay warmup min_lr".split(), (0, 1))
 for name in (
-    "lr critic_lr entropy_coef kappa_l alpha gamma kl_coef weight_decay invalid_penalty shaping"
+    "lr critic_lr entropy_coef kappa_l kappa_r alpha gamma kl_coef weight_decay invalid_penalty "
+    "shaping"
 ).split():
     BOUNDS[name] = (0, LARGEST)
 for name in (
@@ -247,8 +253,8 @@ for name in (
     "eval_every critic_minibatches"
 ).split():
     BOUNDS[name] = (1, LARGEST)
-# an infinite κ_r is no cap; colder than 0.05, float32 cannot hold the KL, or the logits
-BOUNDS |= {"kappa_r": (0, math.inf), "temperature": (0.05, 100), "eval_temperature": (0.01, 100)}
+# colder than 0.05, float32 cannot hold the KL, or the logits
+BOUNDS |= {"temperature": (0.05, 100), "eval_temperature": (0.01, 100)}
 BOUNDS |= dict.fromkeys(("clip", "value_clip", "grad_clip"), (1e-9, LARGEST))
 # no layer is wider; torch's seeds stay in range
 BOUNDS |= {"lora_rank": (0, 10**5), "seed": (0, LARGEST - 1), "eval_episodes": (1, MOST_EPISODES)}
@@ -268,7 +274,8 @@ def check(cfg):
             raise SetupError(f"{flag(name)} {value!r:.30} is not of type {types[0].__name__}")
         if choices and value not in (*choices, None):
             raise SetupError(f"{flag(name)} {value!r:.30} is not one of {', '.join(choices)}")
-        if type(value) in (int, float) and not low <= value <= high:
+        no_cap = (name, value) == ("kappa_r", math.inf)
+        if type(value) in (int, float) and not (low <= value <= high or no_cap):
             raise SetupError(
                 f"{flag(name)} must be between {low:g} and {high:g}, not {value!r:.30}"
             )

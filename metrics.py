@@ -4,6 +4,7 @@ A column is named here, where it is computed, and explained in docs/metrics.md; 
 loss are named in epo.py. Who reads a log takes the columns that it has. None is no value.
 """
 
+import itertools
 import math
 import statistics
 
@@ -25,15 +26,18 @@ def mean(values):
 
 def episode_metrics(episodes, turn_limit):
     """What the episodes of a step say of the policy that played them."""
-    failed_early = lambda e: not e.success and len(e.turns) < turn_limit
     turns = [turn for episode in episodes for turn in episode.turns]
+    failed = [episode for episode in episodes if not episode.success]
+    failed_early = [episode for episode in failed if len(episode.turns) < turn_limit]
     by_turn = {}
     for turn in turns:
         by_turn.setdefault(turn.index, []).append(mean(turn.entropy))
+    won = [episode.success for episode in episodes]
+    scores = [episode.score for episode in episodes]
     return {
-        "success": mean(episode.success for episode in episodes),
-        "failed_early": mean(failed_early(episode) for episode in episodes),
-        "score": mean(episode.score for episode in episodes),
+        "success": mean(won),
+        "failed_early": len(failed_early) / len(episodes),
+        "score": mean(scores),
         "invalid": mean(turn.invalid for turn in turns),
         "entropy_by_turn": [mean(by_turn[t]) for t in sorted(by_turn)],
         "episodes": len(episodes),
@@ -45,15 +49,18 @@ def episode_metrics(episodes, turn_limit):
 
 def evaluation_metrics(split, episodes, lost):
     """What the evaluation of a split says; of a split whose episodes were all lost, None."""
+    turns = [turn for episode in episodes for turn in episode.turns]
+    won = [episode.success for episode in episodes]
     by_task = {}
-    for episode in sorted(episodes, key=lambda episode: episode.task.name):
+    for episode in episodes:
         by_task.setdefault(episode.task.name, []).append(episode.success)
-    return {
-        f"{split}_success": mean(episode.success for episode in episodes),
-        f"{split}_by_task": {name: mean(values) for name, values in by_task.items()},
-        f"{split}_lost": lost,
-        f"{split}_invalid": mean(turn.invalid for e in episodes for turn in e.turns),
+    row = {
+        "success": mean(won),
+        "by_task": {name: mean(by_task[name]) for name in sorted(by_task)},
+        "lost": lost,
+        "invalid": mean(turn.invalid for turn in turns),
     }
+    return {f"{split}_{name}": value for name, value in row.items()}
 
 
 def token_metrics(batch, cap):
@@ -63,15 +70,17 @@ def token_metrics(batch, cap):
     # plot.py reads this file, and needs no torch
     import torch
 
-    bins = torch.bucketize(batch.entropy, torch.tensor(ENTROPY_EDGES[1:-1]), right=True)
-    histogram = batch.weights.new_zeros(len(ENTROPY_EDGES) - 1).index_add(0, bins, batch.weights)
+    edges = torch.tensor(ENTROPY_EDGES)
+    bins = torch.bucketize(batch.entropy, edges[1:-1], right=True)
+    histogram = batch.weights.new_zeros(len(edges) - 1).index_add(0, bins, batch.weights)
     row = {"entropy_histogram": [round(share, 6) for share in histogram.tolist()]}
     first = torch.cat([torch.tensor([True]), batch.turn[1:] != batch.turn[:-1]])
     for name, chosen in {"first": first, "rest": ~first}.items():
-        weights, entropy = batch.weights[chosen], batch.entropy[chosen]
+        entropy, weights = batch.entropy[chosen], batch.weights[chosen]
         share = weights / weights.sum()
-        row[f"{name}_entropy"] = (share * entropy).sum().item() if len(share) else None
-        row[f"{name}_above"] = (share * (entropy > cap)).sum().item() if len(share) else None
+        nats, above = (share * entropy).sum(), (share * (entropy > cap)).sum()
+        row[f"{name}_entropy"] = nats.item() if len(share) else None
+        row[f"{name}_above"] = above.item() if len(share) else None
     return row
 
 
@@ -95,18 +104,24 @@ def summary(rows, last):
     """A finished run's numbers -> {name: value}; None where every evaluation was lost.
 
     before, after, best, last: success of the first and the last evaluation, of the best one, and
-    the mean of the `last` last ones, for iid and ood. jump: std of the changes of H̄_k; highest: its
-    maximum, nats.
+    the mean of the `last` last ones, for iid and ood. jump: std of the changes of H̄_k, in nats;
+    highest: its maximum.
     """
-    entropy = [row["entropy"] for row in rows if row.get("entropy") is not None]
-    changes = [b - a for a, b in zip(entropy, entropy[1:], strict=False)]
-    numbers = {"jump": statistics.pstdev(changes) if changes else 0.0}
-    numbers["highest"] = max(entropy, default=0.0)
+    log = table(rows)
+    numbers_of = lambda name: [x for x in log.get(name, []) if type(x) in (int, float)]
+    entropy = numbers_of("entropy")
+    changes = [after - before for before, after in itertools.pairwise(entropy)]
+    numbers = {
+        "jump": statistics.pstdev(changes) if changes else 0.0,
+        "highest": max(entropy, default=0.0),
+    }
     for split in ("iid", "ood"):
-        success = [row.get(f"{split}_success") for row in rows]
-        success = [share for share in success if share is not None]
-        numbers[f"{split}_before"] = success[0] if success else None
-        numbers[f"{split}_after"] = success[-1] if success else None
-        numbers[f"{split}_best"] = max(success, default=None)
-        numbers[f"{split}_last"] = mean(success[-last:])
+        success = numbers_of(f"{split}_success")
+        of_split = {
+            "before": mean(success[:1]),
+            "after": mean(success[-1:]),
+            "best": max(success, default=None),
+            "last": mean(success[-last:]),
+        }
+        numbers |= {f"{split}_{name}": value for name, value in of_split.items()}
     return numbers

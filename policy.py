@@ -122,17 +122,21 @@ def choose_device(device, dtype):
     return device, dtype
 
 
-def place_of(name, env):
-    """Where transformers finds the model: "tiny" is the warm-started policy in models/<env>."""
-    path = os.path.join(ROOT, "models", env)
+def read(kind, name, env, **more):
+    """kind: a class of transformers -> its object. "tiny" is the policy in models/<env>."""
+    path = os.path.join(ROOT, "models", env) if name == "tiny" else name
     if name == "tiny" and not os.path.isdir(path):
         raise SetupError(f"there is no tiny policy for {env}: give a model with --model")
-    return path if name == "tiny" else name
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False, **more)
+    except Exception as error:
+        # of many kinds
+        mend = "give a local folder, a name on the hub, or tiny"
+        raise SetupError(f"model {name!r} cannot be loaded ({one_line(error)}); {mend}") from error
 
 
-def cannot_load(name, error):
-    message = f"model {name!r} cannot be loaded ({one_line(error)})"
-    return SetupError(f"{message}; give a local folder, a name on the hub, or tiny")
+def is_compact(config):
+    return getattr(config, "prompt", "chat") == "compact"
 
 
 def asked_for(name, env):
@@ -140,18 +144,13 @@ def asked_for(name, env):
 
     No weight is read. Raises SetupError.
     """
-    path = place_of(name, env)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = read(AutoConfig, name, env)
+    settings = {key: getattr(config, key, None) for key in ASKS}
+    settings["compact"] = is_compact(config)
+    if settings["think"] is None and not settings["compact"]:
         # on the meta device a model has shapes alone
         with torch.device("meta"):
             size = AutoModelForCausalLM.from_config(config).num_parameters()
-    except Exception as error:
-        # transformers raises many kinds
-        raise cannot_load(name, error) from error
-    settings = {key: getattr(config, key, None) for key in ASKS}
-    settings["compact"] = getattr(config, "prompt", "chat") == "compact"
-    if settings["think"] is None and not settings["compact"]:
         settings["think"] = "on" if size >= 1.5e9 else "off"
     return settings
 
@@ -163,14 +162,10 @@ def load_policy(name, env, device="cpu", dtype="float32", lora_rank=0, think="on
     5e-6 an update is less than a bfloat16 weight can hold. Under LoRA they are frozen and bfloat16.
     """
     logging.disable_progress_bar()
-    path = place_of(name, env)
     weights = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=weights, trust_remote_code=False)
-    except Exception as error:
-        raise cannot_load(name, error) from error
-    compact = getattr(model.config, "prompt", "chat") == "compact"
+    tokenizer = read(AutoTokenizer, name, env)
+    model = read(AutoModelForCausalLM, name, env, dtype=weights)
+    compact = is_compact(model.config)
     if not compact and tokenizer.chat_template is None:
         raise SetupError(f"model {name!r} has no chat template; use an instruction-tuned model")
     switch_off_dropout(model)

@@ -1,6 +1,5 @@
 """What a run tells people: the lines on the screen, and transcripts of episodes."""
 
-import itertools
 import math
 import os
 
@@ -20,71 +19,74 @@ def print_header(cfg, policy, train_tasks):
     """The settings that were decided, and what plays where."""
     decided = [f"{name} {value}" for name, value in cfg.unusual().items()]
     print("settings: " + ", ".join(decided), flush=True)
-    games = f" ({cfg.games} games)" if cfg.env == "alfworld" else ""
     types = len({task.name for task in train_tasks})
-    size = f"{policy.model.num_parameters() / 1e6:.1f} M parameters"
-    print(
-        f"{cfg.env}{games}, {len(train_tasks)} train tasks of {types} types; {cfg.model} ({size}) "
-        f"on {policy.model.device.type}; writing to {cfg.out}",
-        flush=True,
-    )
-    if cfg.model == "tiny" and policy.model.device.type == "cuda":
+    size = policy.model.num_parameters() / 1e6
+    device = policy.model.device.type
+    tasks = f"{len(train_tasks)} train tasks of {types} types"
+    player = f"{cfg.model} ({size:.1f} M parameters) on {device}"
+    print(f"{cfg.env}, {tasks}; {player}; writing to {cfg.out}", flush=True)
+    if cfg.model == "tiny" and device == "cuda":
         real = f"--env {cfg.env} --model Qwen/Qwen2.5-1.5B-Instruct --lora-rank 32"
         print(f"a real model: python train.py {real}", flush=True)
 
 
 def print_step(cfg, row):
-    """The line of a step; and what to do if no episode wins, at first and after three such steps.
-
-    The steps must follow each other, and there must have been no reward in them.
-    """
+    """The line of a step; after the first and the third without any reward, what to do."""
     print(line(row), flush=True)
     rewards = [row["reward"] for row in read_log(cfg.out) if "reward" in row]
-    without = list(itertools.takewhile(lambda reward: not reward, reversed(rewards)))
-    if "reward" in row and len(without) in (1, 3):
-        # only a chat model has that setting
+    if "reward" in row and len(rewards) in (1, 3) and not any(rewards):
+        # only a chat model has the setting "think"
         model = f" --model {cfg.model}" if cfg.think else ""
-        print(
-            "  no episode won: advantages come from penalties alone; warm-start with "
-            f"python -m tools.warmstart --env {cfg.env}{model} --out models/warm",
-            flush=True,
-        )
+        start = f"python -m tools.warmstart --env {cfg.env}{model} --out models/warm"
+        text = "no episode won: advantages come from penalties alone; warm-start with"
+        print(f"  {text} {start}", flush=True)
 
 
 def line(row):
     """The line printed after a step."""
     parts = [f"step {row['step']:3d}"]
     if "success" in row:
-        entropy = f"entropy {row['entropy']:.3f}"
+        corridor = ""
         if row["corridor_high"] is not None:
-            entropy += f" in [{row['corridor_low']:.3f}, {row['corridor_high']:.3f}]"
-        parts += [f"success {row['success']:.2f}", entropy]
-        parts += [f"{row['outside']:.0%} of tokens outside", f"kl {row.get('kl', 0):.4f}"]
-        parts += [f"invalid {row['invalid']:.0%}", f"{row['turns']} turns"]
+            corridor = f" in [{row['corridor_low']:.3f}, {row['corridor_high']:.3f}]"
+        parts.append(f"success {row['success']:.2f}")
+        parts.append(f"entropy {row['entropy']:.3f}{corridor}")
+        parts.append(f"{row['outside']:.0%} of tokens outside")
+        parts.append(f"kl {row.get('kl', 0):.4f}")
+        parts.append(f"invalid {row['invalid']:.0%}")
+        parts.append(f"{row['turns']} turns")
         if row["lost"]:
             parts.append(f"{row['lost']} episodes lost")
     if "iid_success" in row:
-        numbers = [two_digits(row[f"{split}_success"]) for split in SPLITS]
-        parts.append("evaluation: IID {}, OOD {}".format(*numbers))
-    return " | ".join([*parts, f"{row['seconds']:.0f} s"])
+        iid, ood = two_digits(row["iid_success"]), two_digits(row["ood_success"])
+        parts.append(f"evaluation: IID {iid}, OOD {ood}")
+    parts.append(f"{row['seconds']:.0f} s")
+    return " | ".join(parts)
 
 
 def last_line(numbers):
     """What a run came to. numbers: metrics.summary of its log."""
-    names = {"before": "success before", "after": "after"}
-    names |= {"best": "Succ.* (best)", "last": "Succ. (last two evaluations)"}
-    number = lambda split, key: two_digits(numbers[f"{split}_{key}"])
-    cell = lambda key: f"{names[key]} IID {number('iid', key)}, OOD {number('ood', key)}"
-    return "; ".join(map(cell, names))
+    names = {
+        "before": "success before",
+        "after": "after",
+        "best": "Succ.* (best)",
+        "last": "Succ. (last two evaluations)",
+    }
+    parts = []
+    for key, name in names.items():
+        iid, ood = two_digits(numbers[f"iid_{key}"]), two_digits(numbers[f"ood_{key}"])
+        parts.append(f"{name} IID {iid}, OOD {ood}")
+    return "; ".join(parts)
 
 
 def print_success(row):
     """An evaluation by task type, for --evaluate."""
-    cell = lambda by_task, name: f"{two_digits(by_task.get(name)):>6}"
-    splits = [row[f"{split}_by_task"] | {"all": row[f"{split}_success"]} for split in SPLITS]
+    iid = row["iid_by_task"] | {"all": row["iid_success"]}
+    ood = row["ood_by_task"] | {"all": row["ood_success"]}
     print(f"{'success':32}   IID   OOD")
-    for name in [*sorted(splits[0].keys() - {"all"}), "all"]:
-        print(f"{name:32}" + "".join(cell(by_task, name) for by_task in splits))
+    for name in [*sorted((iid | ood).keys() - {"all"}), "all"]:
+        iid_text, ood_text = two_digits(iid.get(name)), two_digits(ood.get(name))
+        print(f"{name:32}{iid_text:>6}{ood_text:>6}")
 
 
 def two_digits(success):
@@ -113,19 +115,18 @@ def save_token_transcripts(folder, step, episodes, bounds, tokenizer):
 
     bounds: the corridor in nats, the floor and the cap.
     """
-    by_outcome = {episode.success: episode for episode in episodes}
+    shown = []
+    for episode in {episode.success: episode for episode in episodes}.values():
+        turns = [token_transcript(turn, tokenizer) for turn in episode.turns]
+        name, variation = episode.task
+        row = {"task": name, "variation": variation, "goal": episode.goal, "turns": turns}
+        shown.append(row | {"success": episode.success, "score": episode.score})
     finite = [bound if math.isfinite(bound) else None for bound in bounds]
-    transcripts = [token_transcript(e, tokenizer) for e in by_outcome.values()]
-    value = {"step": step, "corridor": finite, "episodes": transcripts}
+    value = {"step": step, "corridor": finite, "episodes": shown}
     write_json(os.path.join(folder, "transcripts", f"step-{step:04d}.json"), value)
 
 
-def token_transcript(episode, tokenizer):
-    kept = ("observation", "entropy", "action", "invalid")
-    turns = []
-    for turn in episode.turns:
-        tokens = [tokenizer.decode([token]) for token in turn.response]
-        turns.append({"tokens": tokens} | {name: getattr(turn, name) for name in kept})
-    name, variation = episode.task
-    outcome = {"success": episode.success, "score": episode.score}
-    return {"task": name, "variation": variation, "goal": episode.goal, **outcome, "turns": turns}
+def token_transcript(turn, tokenizer):
+    tokens = [tokenizer.decode([token]) for token in turn.response]
+    kept = {"observation": turn.observation, "action": turn.action, "invalid": turn.invalid}
+    return {"tokens": tokens, "entropy": turn.entropy, **kept}

@@ -5,8 +5,7 @@
     transcripts/    episodes as text and JSON     lock            held by the process that writes
 
 A file is written whole or not at all. The row of a step is written before its checkpoint, so a
-kill at any moment leaves at most a row too many, which --resume drops. Every reader of these files
-(train, study, plot) uses the functions here: a damaged file ends in one line that names it.
+kill leaves at most a row too many, which --resume drops. A damaged file is one line that names it.
 """
 
 import fcntl
@@ -67,8 +66,8 @@ def locked(folder):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            message = f"another process is writing to {folder}; wait for it, or use another --out"
-            raise SetupError(message) from error
+            wait = "wait for it, or use another --out"
+            raise SetupError(f"another process is writing to {folder}; {wait}") from error
         yield
 
 
@@ -118,16 +117,13 @@ def read_log(folder):
     return rows
 
 
-def is_number(value):
-    """True for None and for a number that a log can hold: finite, and no metric is so large."""
-    return value is None or (type(value) in (int, float) and abs(value) < 1e100)
-
-
 def is_metric(value):
-    """True for a number, or for a list or a dict of numbers."""
+    """True for what a log can hold: None, a finite number, or a list or dict of them."""
     if type(value) is dict:
         value = list(value.values())
-    return all(map(is_number, value)) if type(value) is list else is_number(value)
+    values = value if type(value) is list else [value]
+    # nan is not below anything, and no metric is so large
+    return all(v is None or (type(v) in (int, float) and abs(v) < 1e100) for v in values)
 
 
 def append_row(folder, row):
@@ -167,7 +163,7 @@ def rewind(folder, first):
     """Drop the rows that the checkpoint does not hold: those from step `first` on, and half a row.
 
     Raises SetupError, and writes nothing, if a row before `first` is missing, or if more than that
-    of step `first` would be lost: no kill leaves that.
+    row would be lost: no kill leaves that.
     """
     rows = read_log(folder)
     if not first <= len(rows) <= first + 1:
@@ -204,11 +200,7 @@ def load_checkpoint(path):
 
 def is_new(folder):
     """True if nothing would be lost: no folder, an empty one, or one that no run has begun in."""
-    try:
-        names = os.listdir(folder)
-        names += os.listdir(os.path.join(folder, "transcripts")) if "transcripts" in names else []
-    except FileNotFoundError:
-        return True
-    except NotADirectoryError as error:
-        raise SetupError(f"{folder} is a file; choose another folder with --out") from error
-    return all(name in ("lock", "tasks.json", "transcripts") or ".new" in name for name in names)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise SetupError(f"{folder} is a file; choose another folder with --out")
+    names = [name for _, _, files in os.walk(folder) for name in files]
+    return all(name in ("lock", "tasks.json") or ".new" in name for name in names)
