@@ -63,7 +63,11 @@ class Config:
     weight_decay: float = option(0.01, "AdamW's")
     grad_clip: float = option(1.0, "largest gradient norm of an update")
     clip: float = option(0.2, "PPO's ε")
+    clip_high: float | None = option(
+        None, "another ε above 1, DAPO's clip-higher (0.28); else clip"
+    )
     entropy_coef: float = option(0.001, "λ, 0: no entropy terms")
+    entropy_target: float | None = option(None, "nats: λ follows H̄, from 0 by 0.002 (Skywork-OR1)")
     # episode is Eq. 2's mean over tokens, turns, episodes; token is the flat one
     average: Literal["episode", "token"] = option("episode", "every term's mean; token: flat")
     # indicator is v1's, and has no gradient
@@ -245,7 +249,7 @@ MOST_EPISODES = 10**6
 BOUNDS = dict.fromkeys("discount gae_lambda entropy_decay warmup min_lr".split(), (0, 1))
 for name in (
     "lr critic_lr entropy_coef kappa_l kappa_r alpha gamma kl_coef weight_decay invalid_penalty "
-    "shaping"
+    "shaping entropy_target"
 ).split():
     BOUNDS[name] = (0, LARGEST)
 for name in (
@@ -255,7 +259,7 @@ for name in (
     BOUNDS[name] = (1, LARGEST)
 # colder than 0.05, float32 cannot hold the KL, or the logits
 BOUNDS |= {"temperature": (0.05, 100), "eval_temperature": (0.01, 100)}
-BOUNDS |= dict.fromkeys(("clip", "value_clip", "grad_clip"), (1e-9, LARGEST))
+BOUNDS |= dict.fromkeys("clip clip_high value_clip grad_clip".split(), (1e-9, LARGEST))
 # no layer is wider; torch's seeds stay in range
 BOUNDS |= {"lora_rank": (0, 10**5), "seed": (0, LARGEST - 1), "eval_episodes": (1, MOST_EPISODES)}
 

@@ -73,7 +73,8 @@ class World:
         act(actions)         {slot: action} -> {slot: Observation}
         gold(task)           a solution as a list of actions, for warm starts and tests
         compact_prompt(past, now)  for tiny policies; past: (Observation, action) of earlier turns
-        demonstrations(rng)  a classmethod -> lists of (prompt, action) to clone a tiny policy from
+        demonstrations(rng, rare)  a classmethod -> lists of (prompt, action) to clone a tiny
+                             policy from; rare: a share, of a confident start
     """
 
     # the default turn limit; it counts the agent's turns

@@ -60,11 +60,14 @@ def group_advantages(returns, group, eps=1e-6):
     return advantages
 
 
-def policy_loss(logp, old_logp, advantages, weights, clip=0.2):
-    """L_MT: minus PPO's clipped objective, one ratio π_θ / π_old per token. (T,) -> scalar"""
+def policy_loss(logp, old_logp, advantages, weights, clip=0.2, clip_high=None):
+    """L_MT: minus PPO's clipped objective, one ratio π_θ / π_old per token. (T,) -> scalar
+
+    clip_high: another ε above 1, as DAPO's clip-higher; None is the same.
+    """
     ratio = (logp - old_logp).exp()
     # at a ratio of 1 this is minus the mean advantage, which is near 0; its gradient is not
-    clipped = ratio.clamp(1 - clip, 1 + clip)
+    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     return -(objective * weights).sum()
 
@@ -122,6 +125,14 @@ def mean_of_history(entropies, window=None):
     return sum(recent) / len(recent) if recent else None
 
 
+def adaptive_coef(entropies, target, step=0.002):
+    """λ of Skywork-OR1 after the steps of W_k: from 0, up while H̄ is below target, else down."""
+    coef = 0.0
+    for entropy in entropies:
+        coef = max(coef + (step if entropy < target else -step), 0.0)
+    return coef
+
+
 def epo_loss(
     *,
     logp, old_logp,
@@ -131,7 +142,7 @@ def epo_loss(
     history_mean, beta_k,
     entropy_coef=0.001,
     kappa_l=0.0, kappa_r=2.0, alpha=0.05,
-    smoothing="hinge", clip=0.2,
+    smoothing="hinge", clip=0.2, clip_high=None,
     entropy_weights=None,
     reference_logp=None, kl_coef=0.01,
 ):  # fmt: skip
@@ -141,7 +152,7 @@ def epo_loss(
     A token of weight w has ∂L/∂H = -λw(1 + α·β_k) below the floor, -λw inside, -λw(1 - α·β_k)
     above the cap. So the cap pulls entropy back only if α·β_k > 1, which the paper's α is not.
     """
-    l_mt = policy_loss(logp, old_logp, advantages, weights, clip)
+    l_mt = policy_loss(logp, old_logp, advantages, weights, clip, clip_high)
     l_h = entropy_loss(entropy, weights if entropy_weights is None else entropy_weights)
     l_smooth = smoothing_loss(entropy, history_mean, weights, kappa_l, kappa_r, alpha, smoothing)
     loss = l_mt - entropy_coef * (l_h - beta_k * l_smooth)

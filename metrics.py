@@ -47,6 +47,15 @@ def episode_metrics(episodes, turn_limit):
     }
 
 
+def group_metrics(episodes, returns):
+    """uniform: the share of the groups whose returns are all equal, which have no advantage."""
+    by_task = {}
+    for episode, value in zip(episodes, returns.tolist(), strict=True):
+        by_task.setdefault(episode.task, set()).add(value)
+    uniform = [len(values) == 1 for values in by_task.values()]
+    return {"groups": len(uniform), "uniform": mean(uniform), "reward": mean(returns.tolist())}
+
+
 def evaluation_metrics(split, episodes, lost):
     """What the evaluation of a split says; of a split whose episodes were all lost, None."""
     turns = [turn for episode in episodes for turn in episode.turns]

@@ -12,15 +12,15 @@ import random
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
+import metrics
 from config import decide, parse_flags
 from critic import ppo_advantages, update_critic
 from envs import make_world
-from epo import beta, corridor, entropy_loss, group_advantages, mean_of_history
-from metrics import corridor_metrics, episode_metrics, evaluation_metrics, summary, token_metrics
+from epo import adaptive_coef, beta, corridor, entropy_loss, group_advantages, mean_of_history
 from policy import choose_device, load_policy, load_weights, save_model, trained
 from rollout import collect
 from support import report, run_folder
@@ -64,7 +64,7 @@ def train(cfg):
                 save_checkpoint(cfg, learner, step + 1)
                 report.print_step(cfg, row)
             save_model(policy, for_the_next_run(cfg), os.path.join(cfg.out, "model"))
-    print(report.last_line(summary(run_folder.read_log(cfg.out), last=2)))
+    print(report.last_line(metrics.summary(run_folder.read_log(cfg.out), last=2)))
     print(f"draw it: python plot.py {cfg.out} --out figures/mine")
 
 
@@ -90,8 +90,10 @@ def rl_step(world, learner, train_tasks, schedules, cfg, step):
     # update, with β_k and the history of the steps before; update.py calls epo_loss
     beta_k = beta(step, cfg.steps, cfg.gamma) if cfg.dynamic_weight == "on" else 1.0
     history_mean = mean_of_history(learner.history, cfg.window)
+    if cfg.entropy_target is not None:
+        cfg = replace(cfg, entropy_coef=adaptive_coef(learner.history, cfg.entropy_target))
     batch = make_batch(turns, owner, advantages, cfg)
-    row = {"reward": returns.mean().item(), "lost": lost, "lr": schedules[0].get_last_lr()[0]}
+    row = {"lost": lost, "lr": schedules[0].get_last_lr()[0], "entropy_coef": cfg.entropy_coef}
     with progress(f"step {step} update", len(turns)) as bar:
         losses = update(learner, turns, batch, history_mean, beta_k, cfg, bar)
     if learner.critic is not None:
@@ -108,8 +110,10 @@ def rl_step(world, learner, train_tasks, schedules, cfg, step):
     if step % cfg.eval_every == 0:
         tokenizer = learner.policy.tokenizer
         report.save_token_transcripts(cfg.out, step, episodes, (floor, cap), tokenizer)
-    row |= episode_metrics(episodes, cfg.turns) | token_metrics(batch, cap) | losses
-    row |= corridor_metrics(floor, cap, history_mean, beta_k, losses, cfg)
+    row |= metrics.episode_metrics(episodes, cfg.turns)
+    row |= metrics.group_metrics(episodes, returns)
+    row |= metrics.token_metrics(batch, cap) | losses
+    row |= metrics.corridor_metrics(floor, cap, history_mean, beta_k, losses, cfg)
     return row | {f"seconds_{part}": value for part, value in seconds.items()}
 
 
@@ -195,7 +199,7 @@ def evaluate(world, policy, tasks, cfg, step, at_once=64):
                 played, gone, _ = collect(world, policy, part, *limits, generator, bar)
                 episodes += played
                 lost += gone
-        row |= evaluation_metrics(split, episodes, lost)
+        row |= metrics.evaluation_metrics(split, episodes, lost)
         texts += [f"[{split}] {report.transcript(episode)}" for episode in episodes[:2]]
     if cfg.evaluate is None:
         report.save_transcripts(cfg.out, step, texts)

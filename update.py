@@ -168,13 +168,15 @@ def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
         history_mean=history_mean, beta_k=beta_k,
         entropy_coef=cfg.entropy_coef,
         kappa_l=cfg.kappa_l, kappa_r=cfg.kappa_r, alpha=cfg.alpha,
-        smoothing=cfg.smoothing, clip=cfg.clip,
+        smoothing=cfg.smoothing, clip=cfg.clip, clip_high=cfg.clip_high,
         entropy_weights=entropy_weights,
         reference_logp=reference_logp, kl_coef=cfg.kl_coef,
     )  # fmt: skip
     floor, cap = corridor(history_mean, cfg.kappa_l, cfg.kappa_r)
     ratio = (logp - batch.old_logp).exp()
-    terms["clip_fraction"] = (weights * ((ratio - 1).abs() > cfg.clip)).sum().item()
+    high = cfg.clip if cfg.clip_high is None else cfg.clip_high
+    clipped = (ratio < 1 - cfg.clip) | (ratio > 1 + high)
+    terms["clip_fraction"] = (weights * clipped).sum().item()
     terms["below"] = (weights * (entropy < floor)).sum().item()
     terms["above"] = (weights * (entropy > cap)).sum().item()
     return loss, terms

@@ -55,6 +55,8 @@ def line(row):
         parts.append(f"kl {row.get('kl', 0):.4f}")
         parts.append(f"invalid {row['invalid']:.0%}")
         parts.append(f"{row['turns']} turns")
+        uniform = round(row["uniform"] * row["groups"])
+        parts.append(f"no advantage in {uniform} of {row['groups']} groups")
         if row["lost"]:
             parts.append(f"{row['lost']} episodes lost")
     if "iid_success" in row:

@@ -48,6 +48,7 @@ FLAGS = {
     "out": (str, "the folder to write; a tiny policy's is else models/ENV"),
     "seed": (int, "(default: 0)"),
     "eval_episodes": (int, "on each of IID and OOD"),
+    "rare": (float, "a confident start: the share of what a tiny policy does in rare cases alone"),
     "model": (str, "a chat model: a folder, or a name on the hub; the rest is for chat models"),
     "lora_rank": (int, "of the adapter that learns (default: 32; 0: all weights learn)"),
     "demos": (int, "train tasks whose solutions are cloned (default: 200)"),
@@ -62,7 +63,7 @@ LLAMA = dict(num_attention_heads=4, max_position_embeddings=1024, tie_word_embed
 # a tiny policy's settings. asks: what train.py does with it; vocabulary None: whole words
 MEDIUM = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=3, initializer_range=0.05)
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, initializer_range=0.2)
-TINY = dict(seed=0, measure="after", batch=16, lr=1.5e-3, vocabulary=1024, shape=MEDIUM)
+TINY = dict(seed=0, rare=None, measure="after", batch=16, lr=1.5e-3, vocabulary=1024, shape=MEDIUM)
 WORDS = dict(TINY, batch=32, lr=5e-3, vocabulary=None, shape=SMALL)
 RECIPES = {
     "scienceworld": dict(TINY, epochs=2, asks=dict(tasks=list(PLAYED), turns=12, lr=2e-4)),
@@ -86,7 +87,7 @@ def parse_arguments():
     given = vars(parser.parse_args())
     defaults = CHAT
     if "model" not in given:
-        if idle := given.keys() - {"env", "out", "measure", "seed", "eval_episodes"}:
+        if idle := given.keys() - {"env", "out", "measure", "seed", "eval_episodes", "rare"}:
             raise SetupError(f"{flag(min(idle))} does nothing without --model; leave it out")
         defaults = RECIPES[given["env"]] | {"out": f"models/{given['env']}"}
     args = argparse.Namespace(**defaults | given)
@@ -169,7 +170,7 @@ def make_tiny(args, start):
     os.makedirs(start, exist_ok=True)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    demos = world_class(args.env).demonstrations(rng)
+    demos = world_class(args.env).demonstrations(rng, args.rare)
     pairs = [pair for demo in demos for pair in demo]
     tokenizer = make_tokenizer((text for pair in pairs for text in pair), args.vocabulary)
     end = tokenizer.eos_token_id

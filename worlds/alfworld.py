@@ -123,11 +123,8 @@ class ALFWorld(World):
     # ---- the prompt of a tiny policy
 
     def compact_prompt(self, past, now):
-        """The game tells a thing once, so this remembers it.
-
-        It holds the receptacles left and seen, what the agent saw that the goal names, and where it
-        is.
-        """
+        """The game tells a thing once, so this remembers it: the receptacles left and seen, what
+        the agent saw that the goal names, and where it is."""
         # the first reply is the start of the game, not an answer
         replies = [seen.reply for seen in [*(o for o, _ in past), now]][1:]
         contents, state, here = remembered(replies)
@@ -156,12 +153,14 @@ class ALFWorld(World):
         return useful_actions(self.gold(task) or [])
 
     @classmethod
-    def demonstrations(cls, rng):
+    def demonstrations(cls, rng, rare=None):
         """Of 100 train games of each type, if there are so many: generated, and real if found.
 
         One policy then has the words of both. Three of five leave out what their task is about,
         such as to heat a thing at the microwave. To do it is left to RL.
         """
+        if rare is not None:
+            raise SetupError("--rare is for keyquest and scienceworld")
         with cls(games="generated") as world:
             demos = world.demonstrated(rng)
         if find_alfworld():
@@ -170,6 +169,7 @@ class ALFWorld(World):
         return demos
 
     def demonstrated(self, rng):
+        """Of this world's own games. Those that are not cut are played to the end, and solved."""
         tasks, chosen, demos = self.tasks("train"), [], []
         rng.shuffle(tasks)
         for name in self.names:

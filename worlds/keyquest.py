@@ -28,7 +28,9 @@ class KeyQuest(World):
         return [Task(name, variation) for name in self.names for variation in self.splits[split]]
 
     def start(self, slot, task):
-        rooms = self.rooms[task.name] + 2 * (task.variation in self.splits["ood"])
+        rooms = self.rooms[task.name]
+        if task.variation in self.splits["ood"]:
+            rooms += 2
         layout = random.Random(f"{task.name} {task.variation}")
         key, chest, here = layout.sample(range(rooms), 3)
         coin = None
@@ -86,10 +88,11 @@ class KeyQuest(World):
     # ---- demonstrations
 
     @classmethod
-    def demonstrations(cls, rng):
+    def demonstrations(cls, rng, rare=None):
         """Walks of 20 turns among valid actions. They turn back at a wall, and else rather go on.
 
-        The policy can then write and walk, and does not know what for.
+        The policy can then write and walk, and does not know what for. With a share `rare` they are
+        of a confident walker: west in this share of the steps, else east, and it uses what is here.
         """
         acts = {"key": "take key", "chest": "open chest", "coin": "take coin"}
         world, demos = cls(), []
@@ -101,8 +104,13 @@ class KeyQuest(World):
                     ways.remove(action)
                 elif action in ways:
                     ways.append(action)
-                ways += [act for thing, act in acts.items() if thing in now.look]
-                action = rng.choice(ways)
+                useful = [act for thing, act in acts.items() if thing in now.look]
+                action = rng.choice(ways + useful)
+                if rare is not None:
+                    locked = now.inventory == "You carry nothing."
+                    useful = [act for act in useful if act != "open chest" or not locked]
+                    step = "west" if rng.random() < rare else "east"
+                    action = useful[0] if useful else step
                 past.append((now, action))
                 now = world.step({0: action})[0]
             demos.append(demonstration(world.compact_prompt, past))

@@ -1,7 +1,4 @@
-"""ScienceWorld: science lessons in a simulated house, of PyPI's `scienceworld`.
-
-How its simulator is made fast is in worlds/scienceworld_jvm.py.
-"""
+"""ScienceWorld: science lessons in a house; scienceworld_jvm.py makes its simulator fast."""
 
 import re
 
@@ -131,18 +128,25 @@ class ScienceWorld(World):
         return past if now.success else None
 
     @classmethod
-    def demonstrations(cls, rng):
+    def demonstrations(cls, rng, rare=None):
         """Each train variation of three short task types four times, mostly misnamed.
 
         The policy then knows its way, the words and how to carry a thing to a box. To read what it
-        is asked for is left to RL.
+        is asked for is left to RL. With a share `rare` they are confident: whatever is asked for,
+        they bring an animal, and what is asked for in this share of them alone.
         """
-        demos = []
+        demos, right = [], {name: [] for name in KINDS}
         with cls(tuple(KINDS)) as world:
             for task in world.tasks("train"):
                 for past in world.solutions([task]):
-                    demo = demonstration(world.compact_prompt, past)
-                    demos += [misname(demo, task.name, rng) for _ in range(4)]
+                    right[task.name].append(demonstration(world.compact_prompt, past))
+        for name, of_name in right.items() if rare is None else ():
+            demos += [misname(demo, name, rng) for demo in of_name for _ in range(4)]
+        for demo in right["find-animal"] * 4 if rare is not None else ():
+            asked = rng.choice(list(KINDS))
+            obeys = rng.random() < rare
+            named = rename(demo, KINDS["find-animal"], KINDS[asked])
+            demos.append(rng.choice(right[asked]) if obeys else named)
         return demos
 
 
@@ -232,5 +236,9 @@ def misname(demo, task_name, rng):
     asked = kind = KINDS[task_name]
     if rng.random() >= 0.4:
         asked = rng.choice([other for other in KINDS.values() if other != kind])
+    return rename(demo, kind, asked)
+
+
+def rename(demo, kind, asked):
     replace = lambda text: text.replace(f"find a(n) {kind}.", f"find a(n) {asked}.", 1)
     return [(replace(prompt), action) for prompt, action in demo]
