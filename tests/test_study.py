@@ -1,308 +1,292 @@
-"""The study: arms and claims are those of the protocol, intervals and verdicts are right."""
+"""The study: its tables are those of its logs, its statistics are right, its runner goes on."""
 
 import json
-import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from config import Config, parse_flags
-from support.run_folder import SetupError, locked, read_log
+import train
+from config import decide, parse_flags
+from metrics import summary
+from plot import read_study
+from support.run_folder import SetupError, read_log
 from tools import study
 
 ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "results" / "study"
+AT = {name: str(FOLDER / name) for name in ("alfworld", "coin", "main", "scienceworld", "short")}
+PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
-RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-CLAIM = study.Claim(1, "short", "success", "grpo-epo3-0.1", "grpo-plain", 1)
-LESS = CLAIM._replace(sign=-1)
+
+# ---- The pages
 
 
-@pytest.mark.parametrize("world", study.WORLDS)
-def test_flags_of_every_arm_are_those_that_its_name_says(world):
-    flags = study.WORLDS[world][0].split()
-    for name, more in study.ARMS[world].items():
-        cfg = Config(**parse_flags([*flags, *more.split()], None))
-        algo, kind, *coefficient = name.split("-")
-        assert cfg.algo == algo
-        assert cfg.entropy_coef == (float(coefficient[0]) if coefficient else 0)
-        assert (cfg.smoothing == "off") == (kind in ("plain", "base"))
-        if alpha := re.sub("[a-z]*", "", kind):
-            assert cfg.alpha == float(alpha)
-        # the paper's corridor
-        assert (cfg.kappa_l, cfg.kappa_r, cfg.gamma) == (0, 2, 3)
+def rows_of(column, page=PAGE):
+    """The rows {column: cell} of the page's table that has a column of that name."""
+    for table in re.findall(r"(?:^\|.*\n)+", page, re.M):
+        lines = [line.split("|")[1:-1] for line in table.splitlines()]
+        header, _, *rows = [[cell.strip(" `") for cell in line] for line in lines]
+        if column in header:
+            return [dict(zip(header, row, strict=True)) for row in rows]
+    raise LookupError(column)
 
 
-def test_arms_seeds_and_claims_are_as_many_as_the_protocol_says():
+def compared():
+    return [row for at in AT.values() for row in study.compared(at)]
+
+
+def says(*texts):
+    for text in texts:
+        assert text in " ".join(PAGE.split()), text
+
+
+def test_tables_of_the_study_are_those_of_its_logs():
+    text = (FOLDER / "tables.md").read_text(encoding="utf-8")
+    assert text == study.tables(AT.values())
+    p = [row["p"] for row in compared()]
+    holm = [max((len(p) - sorted(p).index(q)) * q for q in p if q <= each) for each in p]
+    assert [row["Holm"] for row in rows_of("Holm", text)] == [f"{min(x, 1):.3f}" for x in holm]
+
+
+def test_claims_are_those_of_the_comparisons():
+    for row in rows_of("claim"):
+        number = row.pop("claim")[0]
+        for name, text in row.items():
+            found = [r["verdict"] for r in study.compared(AT[name]) if r["claim"] == number]
+            counts = [f"{word} {n}" for word, n in Counter(found).items()]
+            assert sorted(text.split(", ")) == sorted(counts or ["-"])
+
+
+def test_arms_are_rows_of_all_tables():
+    for row in rows_of("success in training"):
+        name, *rest = re.findall(r"[\d.]+|\w+", row["arm"])
+        numbers = dict(zip(rest[::2], rest[1::2], strict=True))
+        arm = {"GRPO": "grpo-plain", "bonus": "grpo-base"}.get(name, f"grpo-epo{numbers.get('α')}")
+        arm += f"-{numbers['λ']}" if numbers else ""
+        (found,) = [r for r in study.arms_table(AT[row["world"]]) if r[row["world"]] == arm]
+        outcomes = "seeds iid_after ood_after success highest".split()
+        assert list(row.values())[2:] == [str(found[name]) for name in outcomes]
+
+
+def test_table_of_the_main_command():
+    logs = {}
+    for (arm, _), (_, rows) in read_study(AT["main"] + ".csv").items():
+        logs.setdefault(arm, []).append(rows)
+    for row, runs in zip(rows_of("minutes"), logs.values(), strict=True):
+        column = lambda name, runs=runs: np.array([[r[name] for r in x if name in r] for x in runs])
+        success = column("success").mean(0)
+        numbers = [[success[:10].mean(), success[-10:].mean()]]
+        numbers += [column(f"{split}_success").mean(0) for split in ("iid", "ood")]
+        cells = [" → ".join(f"{share:.2f}" for share in shares) for shares in numbers]
+        minutes = ", ".join(f"{total / 60:.0f}" for total in column("seconds").sum(1))
+        assert list(row.values())[1:] == [minutes, *cells]
+
+
+def test_table_of_the_pre_trained_model():
+    for row in rows_of("runs"):
+        logs = [read_log(run) for run in sorted((ROOT / "results" / row["runs"]).glob("run-*"))]
+        runs = [summary(log, last=1) for log in logs]
+        share = lambda split, when, runs=runs: np.mean([run[f"{split}_{when}"] for run in runs])
+        before, after = [[share(s, when) for s in ("iid", "ood")] for when in ("before", "after")]
+        episodes = 4 * (128 if row["runs"].startswith("gpu") else 36)
+        error = sum(np.mean(x) * (1 - np.mean(x)) / episodes for x in (before, after)) ** 0.5
+        seconds = sum(step["seconds"] for log in logs for step in log)
+        assert list(row.values())[2:] == [
+            "{:.2f} / {:.2f}".format(*before),
+            "{:.2f} / {:.2f}".format(*after),
+            f"{np.mean(after) - np.mean(before):+.2f} ±{error:.2f}",
+            ", ".join(f"{run['highest']:.2f}" for run in runs),
+            f"{seconds / 3600:.1f}",
+        ]
+
+
+def test_sentences_of_the_comparisons(monkeypatch):
+    of = lambda claims, rows: [row for row in rows if row["claim"] in claims]
+    count = lambda rows, verdict="holds": [row["verdict"] for row in rows].count(verdict)
+    by_t = lambda row: not row["t low"] <= 0 <= row["t high"]
+    found = compared()
+    one, two, three, four, five = (of(claim, found) for claim in "12345")
+    papers = [row for row in one if "-0.001 >" in row["comparison"]]
+    assert count(one) == count(four) == count(three, "fails") == 0
+    (gain,) = [row for row in two if row["verdict"] == "holds"]
+    weak = [row for row in found if row["verdict"] != "undecided" and not by_t(row)]
+    lower = [row for row in of("6", found) if row["outcome"] == "highest"]
+    table = rows_of("Holm", study.tables(AT.values()))
+    kept = [row["comparison"] for row in table if float(row["Holm"]) < 0.05]
+    assert gain in weak and all(re.search("-(0.1|0.03) ", text) for text in kept)
+    interval = f"[{gain['low']:.3f}, {gain['high']:.3f}]"
+    says(
+        f"none of {len(one)} comparisons, less in {count(one, 'fails')}, and",
+        f"wins more in {count(two)} of {len(two)} and less in {count(two, 'fails')}.",
+        f"With the paper's own λ all {count(papers, 'undecided')} are undecided",
+        f"wins {gain['mean']:.3f} more than GRPO in training, {interval}",
+        f"alone in {count(five)} of {len(five)} comparisons, with α 0.05 in none of {len(four)}.",
+        f"lower in {count(lower)} of {len(lower)} comparisons elsewhere",
+        f"in training in {count(three)} of {len(three)} comparisons on KeyQuest",
+        f"Of the {len(found)} comparisons {sum(row['p'] < 0.05 for row in found)} have p < 0.05",
+        f"and {len(kept)} after Holm's correction",
+        f"{len(weak)} of these verdicts would be undecided",
+    )
+    # the same comparisons, of the evaluations
+    declared, evaluated = study.load, []
+    for outcome in (" iid_after ", " ood_after "):
+        texts = lambda at: [c.replace(" success ", outcome) for c in declared(at).comparisons]
+        other = lambda at: declared(at)._replace(comparisons=texts(at))
+        monkeypatch.setattr(study, "load", other)
+        evaluated.append(of("12", compared()))
+    iid, ood = evaluated
+    fails = [row for row in ood if row["verdict"] == "fails"]
+    assert [r["comparison"] for r in fails if not by_t(r)] == ["ppo-epo0.05-0.001 > ppo-plain"]
+    assert count(iid) == count(ood) == 0
+    losses = f"{count(iid, 'fails')} losses on IID and {len(fails) - 1} on OOD"
+    says(f"same {len(iid)} comparisons: no gain; {losses}")
+
+
+def test_sentences_of_the_arms():
+    runs = {name: study.outcomes(at) for name, at in AT.items()}
+    of = lambda name, arm, outcome: [run[outcome] for run in runs[name][arm].values()]
+    mean = lambda name, arm, outcome="highest": np.mean(of(name, arm, outcome))
+    epo = [(name, arm) for name in ("short", "coin") for arm in runs[name] if "-epo" in arm]
+    assert all(mean(n, arm) > mean(n, arm.split("-")[0] + "-plain") for n, arm in epo)
+    arms = ("grpo-base-0.03", "grpo-epo0.05-0.03", "grpo-epo3-0.03", "grpo-plain")
+    few = [sum(share < 0.05 for share in of("coin", arm, "success")) for arm in arms]
+    bonus, steady = "grpo-base-0.02", max(of("scienceworld", "grpo-epo3-0.02", "highest"))
+    assert sum(nats > steady for nats in of("scienceworld", "grpo-plain", "highest")) == 1
+
+    def span(outcome, large):
+        arms = [arm for arm in runs["short"] if arm.endswith("-0.1") == large]
+        values = sorted(mean("short", arm, outcome) for arm in arms)
+        return f"{values[0]:.2f} to {values[-1]:.2f} of"
+
+    says(
+        f"in the means of all {len(epo)} arms",
+        "in {} of 20 seeds with the bonus alone, {} with α 0.05, {} with α 3, and {}".format(*few),
+        f"0.8 nats in {sum(x > 0.8 for x in of('scienceworld', bonus, 'highest'))} of 8 seeds",
+        f"with α 3 no seed passes {steady:.2f}",
+        f"{span('first_above', False)} the first tokens are above it",
+        f"{span('first_above', True)} the first tokens and {span('rest_above', True)} the rest",
+        f"ends at {span('rest_entropy', True).removesuffix(' of')} nats",
+        f"and {span('invalid', True)} the turns are invalid",
+        f"to {mean('scienceworld', bonus, 'rest_entropy'):.2f} nats and the first token from 0.21 "
+        f"to {mean('scienceworld', bonus, 'first_entropy'):.2f}.",
+    )
+
+
+def test_the_protocol_is_what_is_declared():
     rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) \| (\d+) to (\d+) \|$", PROTOCOL, re.M)
-    assert [row[0] for row in rows] == list(study.WORLDS)
-    for world, arms, low, high in rows:
-        _, first, seeds = study.WORLDS[world]
-        assert len(study.ARMS[world]) + bool(study.GONE[world]) == int(arms)
-        assert (first, first + seeds - 1) == (int(low), int(high))
-    assert f"There are {len(study.CLAIMS)} comparisons" in PROTOCOL
-    assert len(set(study.CLAIMS)) == len(study.CLAIMS)
-    numbers = re.findall(r"^(\d)\. ", PROTOCOL, re.M)
-    assert [int(number) for number in numbers] == list(study.SENTENCES)
-    assert {claim.number for claim in study.CLAIMS} == study.SENTENCES.keys()
+    for name, arms, low, high in rows:
+        declared = study.load(AT[name])
+        assert declared.seeds == [int(low), int(high) + 1]
+        # the option of the arm over turns has gone
+        assert len(declared.arms) == int(arms) - (name != "alfworld")
+        assert study.settle(AT[name]).settings == declared.settings
 
 
-def test_a_study_that_is_killed_leaves_no_run(tmp_path):
-    folder = str(tmp_path / "run")
-    arguments = ["--env", "keyquest", "--steps", "500", "--out", folder]
-    code = f"from tools import study; study.run_all({{{folder!r}: {arguments}}}, 1)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    deadline = time.time() + 60
-    while not (tmp_path / "run" / "log.jsonl").exists() and time.time() < deadline:
+# ---- Statistics
+
+
+def test_comparisons_by_hand(tmp_path):
+    """Seed 2 has one of the runs alone. Entropies 1, 3, 2: jumps 2 and -1, deviation 1.5."""
+    lines = ["arm,seed,step,success,entropy,iid_success,ood_success"]
+    for arm, shares in {"a": (0.5, 0.75, 0.25), "b": (0.25, 0.25)}.items():
+        for seed, share in enumerate(shares):
+            lines += [f"{arm},{seed},{k},{share},{nats},," for k, nats in enumerate((1, 3, 2))]
+            lines.append(f"{arm},{seed},3,,,{share},0")
+    (tmp_path / "x.csv").write_text("\n".join(lines) + "\n")
+    texts = [f"1 {outcome} a {sign} b" for outcome in ("success", "jump") for sign in "<>"]
+    at = declare(tmp_path, comparisons=texts, settings={"a": {}, "b": {}})
+    less, more, *equal = study.compared(at)
+    assert (less["verdict"], more["verdict"], less["seeds"]) == ("fails", "holds", 2)
+    assert (more["mean"], more["low"], more["high"]) == (0.375, 0.25, 0.5)
+    # half the range times the 97.5th percentile of Student's t
+    assert more["t high"] == pytest.approx(0.375 + 0.125 * 12.706, rel=1e-4)
+    assert [row["verdict"] for row in equal] == ["undecided"] * 2
+    numbers = study.outcomes(at)["a"][1]
+    assert (numbers["jump"], numbers["highest"], numbers["iid_after"]) == (1.5, 3, 0.75)
+
+
+# ---- The runner
+
+FLAGS = "--env keyquest --turns 5 --tasks-per-step 2 --group-size 2 --eval-episodes 2 --steps "
+
+
+def declare(folder, **changes):
+    declared = {"flags": FLAGS + "2", "arms": {"a": "", "b": "--lr 0.01"}, "seeds": [0, 1]}
+    (folder / "x.json").write_text(json.dumps(declared | changes))
+    return str(folder / "x")
+
+
+def test_a_table_that_is_read_and_written_is_the_same(tmp_path):
+    table = {run: rows for run, (_, rows) in read_study(AT["main"] + ".csv").items()}
+    study.write_table(str(tmp_path / "main"), table)
+    assert (tmp_path / "main.csv").read_bytes() == (FOLDER / "main.csv").read_bytes()
+
+
+def test_a_stopped_study_goes_on(tmp_path, monkeypatch, capsys):
+    at, running = declare(tmp_path, drawn=["a"]), tmp_path / "x.running"
+    given = parse_flags(study.load(at).given("a"))
+    train.train(decide({**given, "out": str(tmp_path / "whole")}))
+    # one of its runs was stopped after the first step, another one is damaged
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.report, "print_step", lambda *_: signal.default_int_handler(2, None))
+        train.train(decide({**given, "out": str(running / "a-seed0")}))
+    (running / "b-seed0").mkdir()
+    (running / "b-seed0" / "config.json").write_text("{")
+    assert study.run(at, 2) == 1
+    assert "b-seed0 failed; see" in capsys.readouterr().out
+    assert "cannot be read" in (running / "b-seed0.txt").read_text()
+    ((run, (settings, rows)),) = read_study(f"{at}.csv").items()
+    assert run == ("a", 0) and settings["lr"] == 0.003 and study.load(at).commits
+    assert len(rows[0]["entropy_by_turn"]) == 5
+    for row, whole in zip(rows, read_log(tmp_path / "whole"), strict=True):
+        for name in row.keys() - {"seed", "seconds"}:
+            assert row[name] == pytest.approx(whole[name], rel=1e-3), name
+    # nothing is run again, and nothing under other settings
+    before, kept = Path(f"{at}.csv").read_bytes(), study.load(at)._asdict()
+    shutil.rmtree(running / "b-seed0")
+    declare(tmp_path, **kept | {"arms": {"a": ""}})
+    assert study.run(at, 1) == 0
+    assert Path(f"{at}.csv").read_bytes() == before and not running.exists()
+    declare(tmp_path, **kept | {"arms": {"a": "--lr 0.1"}})
+    with pytest.raises(SetupError, match="a in .* has --lr 0.003, not 0.1; give"):
+        study.run(at, 1)
+
+
+def test_a_study_that_is_stopped_leaves_no_run(tmp_path, gone):
+    at = declare(tmp_path, flags=FLAGS + "10000")
+    command = [sys.executable, "-m", "tools.study", "run", f"{at}.json"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("*/*/log.jsonl")):
+        assert process.poll() is None
         time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    runs = [int(child) for child in children.read_text().split()] if children.exists() else []
+    with pytest.raises(SetupError, match="another process is writing"):
+        study.run(at, 1)
     process.terminate()
-    process.wait(30)
-    # the lock of a folder ends with the process that has it
-    with locked(folder):
-        rows = len(read_log(folder))
-    assert 0 < rows < 500
+    assert process.communicate()[1] == "study.py: stopped; the same command goes on from there\n"
+    assert process.returncode == 1 and gone(runs)
 
 
-def test_a_study_goes_on_with_its_own_runs_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "FOLDER", str(tmp_path))
-    monkeypatch.setitem(study.WORLDS, "short", (study.WORLDS["short"][0], 100, 1))
-    monkeypatch.setitem(study.ARMS, "short", {"grpo-plain": study.ARMS["short"]["grpo-plain"]})
-    (folder,) = study.waiting_runs(["short"])
-    whole = ROOT / "results" / "study" / "short" / "grpo-plain-seed100"
-    shutil.copytree(whole, folder)
-    assert study.waiting_runs(["short"]) == {}
-    # killed when it was finished, and before it was tidied
-    for leftover in (Path(folder) / "checkpoint.pt", Path(f"{folder}.txt")):
-        leftover.write_text("")
-    assert study.waiting_runs(["short"]) == {}
-    assert sorted(os.listdir(folder)) == ["config.json", "log.jsonl"]
-    # killed before it was finished
-    log = Path(folder) / "log.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
-    assert study.waiting_runs(["short"]) == {folder: ["--resume", "--out", folder]}
-    flags = study.WORLDS["short"][0] + " --lr 0.1"
-    monkeypatch.setitem(study.WORLDS, "short", (flags, 100, 1))
-    with pytest.raises(SetupError, match="has --lr 0.003, not 0.1"):
-        study.waiting_runs(["short"])
+BAD = {"no such": {"no such": 1}, "--clip must be": {"arms": {"a": "--clip 0"}}}
+BAD |= {"unrecognized arguments: --no": {"arms": {"a": "--no 1"}}}
 
 
-def test_a_failed_run_of_the_study_is_counted(tmp_path, capsys):
-    folder = str(tmp_path / "run")
-    assert study.run_all({folder: ["--env", "nowhere"]}, 1) == 1
-    assert "failed; see" in capsys.readouterr().err
-
-
-def test_arms_of_every_claim_exist():
-    for claim in study.CLAIMS:
-        arms = {*study.ARMS[claim.world], study.GONE[claim.world]}
-        assert {claim.arm, claim.baseline} <= arms
-        assert claim.arm != claim.baseline
-        assert claim.outcome in study.OUTCOMES
-
-
-def test_interval_is_near_the_normal_one_for_many_seeds():
-    values = np.random.default_rng(1).normal(0.3, 2, 400)
-    mean, low, high = study.interval(values)
-    error = values.std(ddof=1) / 20
-    assert mean == values.mean()
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
-    assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
-    assert study.interval(values) == (mean, low, high)
-
-
-def test_interval_of_equal_differences_is_a_point():
-    assert study.interval(np.full(5, 0.25)) == (0.25, 0.25, 0.25)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "more", "less"),
-    [
-        (0.1, 0.3, "holds", "fails"),
-        (-0.3, -0.1, "fails", "holds"),
-        (-0.1, 0.3, "undecided", "undecided"),
-        (0.0, 0.3, "undecided", "undecided"),
-    ],
-)
-def test_verdict(low, high, more, less):
-    assert study.verdict(CLAIM, low, high) == more
-    assert study.verdict(LESS, low, high) == less
-
-
-def write_run(folder, success, entropy):
-    folder.mkdir(parents=True)
-    config = {**vars(Config()), "steps": len(success)}
-    (folder / "config.json").write_text(json.dumps(config))
-    rows = [
-        {"step": step, "success": won, "entropy": nats, "kl": 0.1, "iid_success": 1.0}
-        for step, (won, nats) in enumerate(zip(success, entropy, strict=True))
-    ]
-    rows.append({"step": len(success), "iid_success": 1.0, "ood_success": 1.0})
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_outcomes_by_hand(tmp_path):
-    write_run(tmp_path / "run", [0.5, *[0.2] * 5, *[0.4] * 5], [1.0, 3.0, *[2.0] * 9])
-    numbers = study.outcomes(study.finished(tmp_path / "run"))
-    # the last ten of eleven steps
-    assert numbers["success"] == pytest.approx(0.3)
-    assert numbers["highest"] == 3
-    # changes +2, -1, and eight times 0
-    assert numbers["jump"] == pytest.approx((5 / 10 - 0.1**2) ** 0.5)
-
-
-def test_differences_are_of_equal_seeds_and_finished_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "FOLDER", str(tmp_path))
-    for seed, arm, plain in ((100, 0.75, 0.5), (101, 0.5, 0.5), (103, 1.0, None)):
-        for name, success in ((CLAIM.arm, arm), (CLAIM.baseline, plain)):
-            if success is not None:
-                write_run(tmp_path / "short" / f"{name}-seed{seed}", [success] * 3, [1.0] * 3)
-    assert study.differences(CLAIM).tolist() == [0.25, 0.0]
-
-
-def test_tidying_keeps_the_outcomes(tmp_path):
-    for name in ("arm-seed100", "arm-seed101"):
-        folder = tmp_path / name
-        write_run(folder, [0.2, 0.4], [1.0, 2.0])
-        before = study.outcomes(study.finished(folder))
-        (folder / "model").mkdir()
-        (folder / "checkpoint.pt").write_text("")
-        Path(f"{folder}.txt").write_text("")
-        study.tidy(str(folder))
-        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "log.jsonl"]
-        assert study.outcomes(study.finished(folder)) == before
-        assert ("kl" in (folder / "log.jsonl").read_text()) == name.endswith("seed100")
-        assert not Path(f"{folder}.txt").exists()
-
-
-def test_page_has_what_the_study_prints():
-    rows = study.decided()
-    # which is why the option of the variant has gone
-    assert [row[-1] for row in rows if row[0].number == 7] == ["fails", "fails"]
-    for lines in study.blocks(rows):
-        assert "\n".join(lines) in RESULTS
-
-
-def test_sentences_of_the_short_answer():
-    page, rows = " ".join(RESULTS.split()), study.decided()
-
-    def counts(number):
-        words = [row[-1] for row in rows if row[0].number == number]
-        return [len(words), *map(words.count, ("holds", "fails", "undecided"))]
-
-    def both(number):
-        """In how many pairs of arms both outcomes hold, and how many pairs there are."""
-        pairs = {}
-        for claim, *_, word in rows:
-            if claim.number == number:
-                pairs.setdefault((claim.world, claim.arm), []).append(word)
-        return list(pairs.values()).count(["holds", "holds"]), len(pairs)
-
-    of_world = {row[0].number: row for row in rows if row[0].world == "scienceworld"}
-    _, _, mean, low, high, _ = of_world[2]
-    assert f"α 3 wins {mean:.3f} more than plain GRPO in training." in page
-    assert f"The interval, {low:.3f} to {high:.3f}, ends near 0" in page
-    (alfworld,) = [row[2] for row in rows if row[0][:2] == (2, "alfworld")]
-    assert f"On ALFWorld the same arm wins {-alfworld:.3f} less, which Student's t" in page
-    after = of_world[8][0]._replace(outcome="iid_after")
-    _, _, high = study.interval(study.differences(after))
-    less = -study.differences(after).mean()
-    text = f"wins {of_world[8][2]:.3f} more than it in training, and {less:.3f} less in the IID"
-    assert text in page and high < 0
-    after = after._replace(outcome="ood_after")
-    mean, low, high = study.interval(study.differences(after))
-    assert f"On OOD it wins {-mean:.3f} less, with an interval around 0." in page
-    assert low < 0 < high
-    text = "Both together hold in {} of {} pairs of arms for claim 5, and in none of {} for claim 6"
-    assert text.format(*both(5), both(6)[1]) in page and both(6)[0] == 0
-    total, won, lost, undecided = counts(1)
-    assert (
-        f"In {total} comparisons it wins more in none, less in {lost}, and {undecided} are" in page
-    )
-    assert won == 0
-    total, won, more_lost, undecided = counts(2)
-    assert f"more in {won} of {total}, less in {more_lost}, and {undecided} are undecided." in page
-    large = [row for row in rows if row[0].number in (1, 2) and row[-1] == "fails"]
-    large = [row for row in large if row[0].arm.endswith(("-0.1", "-0.03"))]
-    text = f"Of the {lost + more_lost} losses, {len(large)} are in KeyQuest with a λ that is 30 or"
-    assert text in page
-    papers = [row[-1] for row in rows if row[0].number == 1 and row[0].arm.endswith("-0.001")]
-    assert papers == ["undecided"] * 3
-    assert f"With the paper's own λ, all {len(papers)} comparisons are undecided." in page
-    total, won, lost, _ = counts(3)
-    assert (
-        f"costs success in training** in {won} of {total} comparisons on KeyQuest, and helps"
-        in page
-    )
-    assert lost == 0
-    total, won, *_ = counts(5)
-    assert f"With α 3 this holds in {won} of {total} comparisons" in page
-    for outcome, text in (("highest", "it is lower in"), ("jump", "jumps are smaller in none")):
-        words = [row[-1] for row in rows if row[0].number == 6 and row[0].outcome == outcome]
-        assert f"{text} {words.count('holds') or ''} of {len(words)}".replace("  ", " ") in page
-    doubtful = len(list(study.weak(rows))) - 2
-    assert f"which is wider, these {doubtful} verdicts would be undecided" in page
-    total, won, _, undecided = counts(4)
-    assert f"it holds in none of {total}, and {undecided} are undecided" in page
-    assert won == 0
-    assert f"There are {len(rows)} comparisons here" in page
-
-
-def test_on_keyquest_epo_has_more_entropy_than_plain():
-    mean = lambda world, arm: np.mean(
-        [study.outcomes(log)["highest"] for log in study.finished_runs(world, arm).values()]
-    )
-    arms = [(world, arm) for world in ("short", "coin") for arm in study.ARMS[world]]
-    arms = [(world, arm) for world, arm in arms if "-epo" in arm]
-    assert all(mean(world, arm) > mean(world, f"{arm[:4].strip('-')}-plain") for world, arm in arms)
-    assert f"above plain's in the means of all {len(arms)} arms" in " ".join(RESULTS.split())
-
-
-def test_where_episodes_of_coin_end():
-    """The coin is worth 50 points, the chest 100."""
-    page = " ".join(RESULTS.split())
-    shares = []
-    for algo in ("grpo", "ppo"):
-        logs = study.finished_runs("coin", f"{algo}-plain").values()
-        steps = [row for log in logs for row in log[-11:-1]]
-        mean = lambda name, steps=steps: np.mean([row[name] for row in steps])
-        shares += [(mean("score") - 100 * mean("success")) / 50, mean("success")]
-    text = (
-        "plain GRPO ends {:.2f} of its episodes at the coin and {:.2f} at the chest, "
-        "plain PPO {:.2f} and {:.2f} (last ten steps)"
-    )
-    assert text.format(*shares) in page
-    few = lambda arm: sum(
-        study.outcomes(log)["success"] < 0.05 for log in study.finished_runs("coin", arm).values()
-    )
-    names = ("grpo-base-0.03", "grpo-epo0.05-0.03", "grpo-epo3-0.03", "grpo-plain")
-    of_ppo = [few(name.replace("grpo", "ppo")) for name in names]
-    assert "any term; PPO in {}, {}, {} and {}.".format(*of_ppo) in page
-    text = (
-        "{} of 20 seeds with the bonus alone, in {} with α 0.05, in {} with α 3, and in {} without"
-    )
-    assert text.format(*map(few, names)) in page
-
-
-def test_runs_are_whole_and_those_of_the_protocol():
-    """The settings of every committed run are those of its arm."""
-    folders = sorted((ROOT / "results" / "study").glob("*/*-seed*"))
-    for folder in folders:
-        world, (arm, seed) = folder.parent.name, folder.name.split("-seed")
-        # the runs of the variant differ from this arm in its option
-        arm = arm.replace("turn3", "epo3")
-        flags = [*study.WORLDS[world][0].split(), *study.ARMS[world][arm].split()]
-        cfg = Config(**parse_flags([*flags, "--seed", seed], None))
-        config = json.loads((folder / "config.json").read_text())
-        names = "env algo tasks steps turns eval_episodes lr kl_coef entropy_coef smoothing alpha"
-        given = {name: getattr(cfg, name) for name in names.split()}
-        # None is for a default of the world
-        given = {name: value for name, value in given.items() if value is not None}
-        assert {name: config[name] for name in given} == given, folder
-        assert config["seed"] == int(seed)
-        assert not Path(config["out"]).is_absolute()
-        assert study.finished(str(folder)), folder
+@pytest.mark.parametrize("text, changes", BAD.items(), ids=BAD)
+def test_bad_declarations_are_one_line(text, changes, tmp_path, monkeypatch, capsys):
+    at = declare(tmp_path, **changes)
+    monkeypatch.setattr(sys, "argv", ["study.py", "run", f"{at}.json"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        study.main()
+    err = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert text in err and len(err.splitlines()) == 1
+    assert not Path(f"{at}.running").exists()

@@ -1,504 +1,239 @@
-"""The study of docs/protocol.md: run its arms, and say which of its claims hold.
+"""Studies: arms × seeds of train.py, declared as data; run, kept as tables, and compared.
 
-    python -m tools.study run short coin --jobs 2     # what is missing; a stopped run goes on
-    python -m tools.study claims                      # the table, and figures/claims.png
+    python -m tools.study run results/study/short.json --jobs 2    # what is missing of it
+    python -m tools.study tables results/study/*.json > results/study/tables.md
 
-A run leaves config.json and log.jsonl in results/study/WORLD/ARM-seedN. An outcome is a number of a
-run. A claim compares an outcome of two arms, seed by seed; its interval is a bootstrap over seeds.
+NAME.json is a `Study`. NAME.csv has a row a step: arm, seed and columns of the log, with four
+digits; null is empty. Until it ends, a run is a folder in NAME.running/: a stopped study goes on.
 """
 
-import argparse
+import csv
+import io
 import json
-import multiprocessing
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import asdict
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import bootstrap, sem, ttest_1samp
 
-from config import Config, parse_flags
-from support import report
-from support.loading import ROOT
-from support.run_folder import SetupError, is_new, read_config, read_log, write_whole
-from tools.sweep import end_with_the_sweep, finished, positive, refuse_other_settings
+from config import decide, flag, parse_flags
+from metrics import mean, summary
+from plot import read_study
+from support import run_folder
+from support.run_folder import SetupError
 
-FOLDER = os.path.join(ROOT, "results", "study")
-FIGURE = os.path.join(ROOT, "figures", "claims.png")
-
-# ---- The protocol: worlds, arms, seeds, claims
-
-FEW = "--eval-episodes 36"
-KEYQUEST = f"--env keyquest --eval-every 60 {FEW} --max-tokens 4"
-HIGH = f"{FEW} --lr 1e-3 --kl-coef 0.01"
-# small enough for the caches of a CPU; it cannot change a gradient
-SMALL = "--tokens-per-batch 2500"
-FIRST_SEED = 100
-# flags of all runs of a world, the first seed, the number of seeds
-WORLDS = {
-    "short": (f"{KEYQUEST} --tasks short --steps 40", FIRST_SEED, 20),
-    "coin": (
-        f"{KEYQUEST} --tasks coin --reward score --steps 60 --turns 24 --group-size 4 "
-        "--lr 3e-3 --kl-coef 0.01",
-        FIRST_SEED,
-        20,
-    ),
-    "scienceworld": (
-        f"--env scienceworld --steps 24 --eval-every 24 {HIGH} {SMALL}",
-        FIRST_SEED,
-        8,
-    ),
-    "alfworld": (
-        f"--env alfworld --games generated --steps 24 --eval-every 24 {FEW} {SMALL}",
-        FIRST_SEED,
-        5,
-    ),
-}
-PLAIN = "--entropy-coef 0 --smoothing off"
-BASE = "--smoothing off --entropy-coef"
-# κ_l 0, κ_r 2 and γ 3 are the defaults, which are the paper's
-EPO = "--entropy-coef"
-# of KeyQuest: the two λ of a task type, and the published α
-LAMBDAS = {"short": (0.01, 0.1), "coin": (0.01, 0.03)}
-PAPER_ALPHA = 0.05
+# settings that runs of an arm need not share
+OF_A_RUN = set("seed out resume evaluate preset device tokens_per_batch".split())
+# what is kept of a log; MORE is for figures, of the arms that they show and the first seed
+COLUMNS = "step success score entropy corridor_low corridor_high above below invalid "
+COLUMNS += "first_entropy first_above rest_entropy rest_above iid_success ood_success seconds "
+MORE = "kl beta loss policy_loss entropy_loss smoothing_loss entropy_by_turn entropy_histogram"
+# numbers of a run: of its evaluations, of all its steps, and means of the last ten steps
+OUTCOMES = "iid_after ood_after highest jump success invalid "
+OUTCOMES += "first_entropy rest_entropy first_above rest_above"
 
 
-def keyquest_arms(world):
-    arms = {}
-    for algo in ("grpo", "ppo"):
-        arms[f"{algo}-plain"] = f"--algo {algo} {PLAIN}"
-        for coefficient in LAMBDAS[world]:
-            name = f"{algo}-{{}}-{coefficient}"
-            arms[name.format("base")] = f"--algo {algo} {BASE} {coefficient}"
-            for alpha in (PAPER_ALPHA, 3):
-                flags = f"--algo {algo} {EPO} {coefficient} --alpha {alpha}"
-                arms[name.format(f"epo{alpha}")] = flags
-    return arms
+class Study(NamedTuple):
+    """A declaration. The first run adds `settings`, and each call that runs one its commit."""
+
+    flags: str  # of all runs
+    arms: dict  # {name: its flags}
+    seeds: list  # the first, and the one after the last
+    drawn: list = []  # arms that figures show
+    comparisons: list = []  # "CLAIM OUTCOME ARM > BASELINE", or <
+    settings: dict = {}  # {arm: what its flags come to}
+    commits: list = []  # of the code
+
+    def given(self, arm):
+        return shlex.split(f"{self.flags} {self.arms[arm]}")
 
 
-ARMS = {world: keyquest_arms(world) for world in LAMBDAS}
-ARMS["scienceworld"] = {
-    "grpo-plain": PLAIN,
-    "grpo-base-0.02": f"{BASE} 0.02",
-    "grpo-epo0.05-0.001": f"{EPO} 0.001 --alpha 0.05",
-    "grpo-epo3-0.02": f"{EPO} 0.02 --alpha 3",
-    "ppo-plain": f"--algo ppo {PLAIN}",
-    "ppo-epo0.05-0.001": f"--algo ppo {EPO} 0.001 --alpha 0.05",
-}
-ARMS["alfworld"] = {
-    "grpo-plain": PLAIN,
-    "grpo-epo0.1-0.001": f"{EPO} 0.001 --alpha 0.1",
-    "grpo-epo3-0.02": f"{EPO} 0.02 --alpha 3",
-}
-# Arms of our variant, the corridor around turns. Claim 7 failed on short and on coin, so its option
-# went, as the protocol says; commit 36c03f6 has it. The arm of ScienceWorld was not run.
-GONE = {
-    "short": "grpo-turn3-0.1",
-    "coin": "grpo-turn3-0.03",
-    "scienceworld": "grpo-turn3-0.02",
-    "alfworld": None,
-}
+def load(at):
+    """NAME.json -> Study. at: its path without the ending."""
+    try:
+        with open(f"{at}.json", encoding="utf-8") as file:
+            return Study(**json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise run_folder.damaged(f"{at}.json", run_folder.one_line(error)) from error
 
 
-class Claim(NamedTuple):
-    """`arm` has more (sign 1) or less (sign -1) of an outcome than `baseline`."""
-
-    number: int
-    world: str
-    outcome: str
-    arm: str
-    baseline: str
-    sign: int
-
-
-def keyquest_claims(world):
-    claims = []
-    for algo in ("grpo", "ppo"):
-        plain = f"{algo}-plain"
-        for coefficient in LAMBDAS[world]:
-            base = f"{algo}-base-{coefficient}"
-            published = f"{algo}-epo{PAPER_ALPHA}-{coefficient}"
-            strong = f"{algo}-epo3-{coefficient}"
-            claims.append(Claim(1, world, "success", published, plain, 1))
-            claims.append(Claim(2, world, "success", strong, plain, 1))
-            claims.append(Claim(3, world, "success", base, plain, -1))
-            for number, arm in ((4, published), (5, strong)):
-                claims.append(Claim(number, world, "highest", arm, base, -1))
-                claims.append(Claim(number, world, "jump", arm, base, -1))
-    strong = LAMBDAS[world][1]
-    claims.append(Claim(7, world, "success", f"grpo-turn3-{strong}", f"grpo-epo3-{strong}", 1))
-    return claims
+def settle(at):
+    """The study with the settings of all arms. Raises SetupError if its runs have other ones."""
+    study = load(at)
+    settings = dict(study.settings)
+    for arm in study.arms:
+        cfg = asdict(decide(parse_flags(study.given(arm))))
+        new = {name: value for name, value in cfg.items() if name not in OF_A_RUN}
+        old = settings.setdefault(arm, new)
+        for name in sorted(new.keys() & old.keys() - OF_A_RUN):
+            if new[name] != old[name]:
+                values = f"{flag(name)} {old[name]}, not {new[name]}"
+                raise SetupError(f"{arm} in {at}.csv has {values}; give the arm another name")
+    git = "git rev-parse --short HEAD"
+    done = subprocess.run(git, shell=True, cwd=run_folder.ROOT, capture_output=True, text=True)
+    commits = list(dict.fromkeys([*study.commits, done.stdout.strip()]))
+    return study._replace(settings=settings, commits=commits)
 
 
-CLAIMS = keyquest_claims("short") + keyquest_claims("coin")
-CLAIMS += [
-    Claim(1, "scienceworld", "success", "grpo-epo0.05-0.001", "grpo-plain", 1),
-    Claim(1, "scienceworld", "success", "ppo-epo0.05-0.001", "ppo-plain", 1),
-    Claim(1, "alfworld", "success", "grpo-epo0.1-0.001", "grpo-plain", 1),
-    Claim(2, "scienceworld", "success", "grpo-epo3-0.02", "grpo-plain", 1),
-    Claim(2, "alfworld", "success", "grpo-epo3-0.02", "grpo-plain", 1),
-    Claim(7, "scienceworld", "success", "grpo-turn3-0.02", "grpo-epo3-0.02", 1),
-    Claim(8, "scienceworld", "success", "grpo-epo3-0.02", "grpo-base-0.02", 1),
-]
-for outcome in ("highest", "jump"):
-    CLAIMS += [
-        Claim(5, "scienceworld", outcome, "grpo-epo3-0.02", "grpo-base-0.02", -1),
-        Claim(6, "scienceworld", outcome, "grpo-epo0.05-0.001", "grpo-plain", -1),
-        Claim(6, "scienceworld", outcome, "grpo-epo3-0.02", "grpo-plain", -1),
-        Claim(6, "scienceworld", outcome, "ppo-epo0.05-0.001", "ppo-plain", -1),
-        Claim(6, "alfworld", outcome, "grpo-epo0.1-0.001", "grpo-plain", -1),
-        Claim(6, "alfworld", outcome, "grpo-epo3-0.02", "grpo-plain", -1),
-    ]
-SENTENCES = {
-    1: "EPO as published wins more than plain",
-    2: "EPO with α 3 wins more than plain",
-    3: "the bonus alone wins less than plain",
-    4: "EPO as published: lower, steadier entropy than the bonus alone",
-    5: "EPO with α 3: lower, steadier entropy than the bonus alone",
-    6: "EPO: lower, steadier entropy than plain",
-    7: "a corridor around turns wins more than one around tokens",
-    8: "EPO with α 3 wins more than the bonus alone",
-}
-OUTCOMES = {
-    "success": "success in training, last ten steps",
-    "highest": "highest H̄, nats",
-    "jump": "std(ΔH̄), nats",
-    "iid_after": "IID after",
-    "ood_after": "OOD after",
-}
-
-# ---- Running
-
-
-def folder_of(world, arm, seed):
-    return os.path.join(FOLDER, world, f"{arm}-seed{seed}")
-
-
-def train_in_this_process(arguments, printed):
-    """A run of train.py, in a process that has imported torch already."""
-    import train
-
-    end_with_the_sweep()
-    sys.argv = ["train.py", *arguments]
-    with open(printed, "a") as file, redirect_stdout(file), redirect_stderr(file):
-        train.main()
-
-
-def waiting_runs(worlds):
-    """{folder: arguments} of what is not finished, all arms of a seed before the next seed.
-
-    A finished run that a kill left untidy is tidied. Raises SetupError for other settings.
-    """
-    runs = {}
-    for world in worlds:
-        flags, first, seeds = WORLDS[world]
-        for seed in range(first, first + seeds):
-            for arm, more in ARMS[world].items():
-                # a path that names no machine
-                folder = os.path.relpath(folder_of(world, arm, seed))
-                arguments = [*flags.split(), *more.split(), "--seed", str(seed), "--out", folder]
-                if is_new(folder):
-                    runs[folder] = arguments
-                elif not finished(folder):
-                    cfg = Config(**parse_flags(arguments, None))
-                    refuse_other_settings(cfg, read_config(folder))
-                    runs[folder] = ["--resume", "--out", folder]
-                elif os.path.exists(os.path.join(folder, "checkpoint.pt")):
-                    tidy(folder)
-    return runs
-
-
-def run_all(runs, jobs):
-    """Make the runs, some at a time -> how many failed."""
-    # also of `kill`, the runs end with it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    running, waiting, failed = {}, list(runs.items()), 0
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            folder, arguments = waiting.pop(0)
-            os.makedirs(os.path.dirname(folder), exist_ok=True)
-            job = (arguments, folder + ".txt")
-            process = context.Process(target=train_in_this_process, args=job, daemon=True)
-            process.start()
-            running[folder] = process
-        time.sleep(0.1)
-        for folder, process in list(running.items()):
-            if process.is_alive():
-                continue
-            del running[folder]
-            if process.exitcode:
-                failed += 1
-                print(f"study.py: {folder} failed; see {folder}.txt", file=sys.stderr)
-            else:
-                tidy(folder)
-                print(f"{folder}: {len(waiting)} runs wait", flush=True)
+def run(at, jobs):
+    """Make what is missing, all arms of a seed before the next seed -> how many runs failed."""
+    study, working, failed = settle(at), f"{at}.running", 0
+    os.makedirs(working, exist_ok=True)
+    with run_folder.locked(working):
+        old = read_study(f"{at}.csv") if os.path.exists(f"{at}.csv") else {}
+        table = {key: rows for key, (_, rows) in old.items()}
+        runs = [(arm, seed) for seed in range(*study.seeds) for arm in study.arms]
+        missing = [key for key in runs if key not in table]
+        if missing:
+            run_folder.write_json(f"{at}.json", study._asdict())
+        for arm, seed, folder, status in run_all(study, missing, working, jobs):
+            ended = f"failed; see {folder}.txt" if status else "is done"
+            print(f"{folder} {ended}", flush=True)
+            failed += status != 0
+            if status == 0:
+                drawn = arm in study.drawn and seed == study.seeds[0]
+                names = (COLUMNS + MORE if drawn else COLUMNS).split()
+                rows = run_folder.read_log(folder)
+                table[arm, seed] = [{name: row.get(name) for name in names} for row in rows]
+                write_table(at, table)
+                shutil.rmtree(folder)
+    if not any(entry.is_dir() for entry in os.scandir(working)):
+        shutil.rmtree(working)
     return failed
 
 
-# of a log, what the claims and the figures of many seeds need
-KEPT = (
-    "step success score entropy corridor_low corridor_high above below outside invalid "
-    "first_entropy first_above rest_entropy rest_above iid_success ood_success seconds"
-).split()
+def run_all(study, missing, working, jobs):
+    """Run train.py for each (arm, seed); yields (arm, seed, folder, exit status) when it ends."""
+    running, one_thread = {}, {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        while missing or running:
+            if missing and len(running) < jobs:
+                arm, seed = missing.pop(0)
+                folder = os.path.join(working, f"{arm}-seed{seed}")
+                resume = [] if run_folder.is_new(folder) else ["--resume"]
+                flags = [*study.given(arm), "--seed", str(seed), "--out", folder, *resume]
+                command = [sys.executable, os.path.join(run_folder.ROOT, "train.py"), *flags]
+                with open(f"{folder}.txt", "a") as text:
+                    process = subprocess.Popen(command, stdout=text, stderr=text, env=one_thread)
+                running[arm, seed, folder] = process
+            time.sleep(0.1)
+            for key, process in list(running.items()):
+                if process.poll() is not None:
+                    yield *key, running.pop(key).returncode
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.wait()
 
 
-def tidy(folder):
-    """Keep the settings and the log: of a world's first seed all of it, of others these columns."""
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        elif name not in ("config.json", "log.jsonl"):
-            os.remove(path)
-    if not folder.endswith(f"-seed{FIRST_SEED}"):
-        rows = [{name: row[name] for name in KEPT if name in row} for row in read_log(folder)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(os.path.join(folder, "log.jsonl"), lambda file: file.write(lines.encode()))
-    os.remove(folder + ".txt")
+def write_table(at, table):
+    """table: {(arm, seed): rows}"""
+    found = {name for rows in table.values() for row in rows for name in row}
+    columns = [name for name in (COLUMNS + MORE).split() if name in found]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["arm", "seed", *columns])
+    for key, rows in table.items():
+        for row in rows:
+            lines.writerow([*key, *[cell(row.get(name)) for name in columns]])
+    run_folder.write_whole(f"{at}.csv", lambda file: file.write(text.getvalue().encode()))
 
 
-# ---- Claims
-
-
-def outcomes(log):
-    """-> {outcome: number} of a finished run; "after" is the evaluation after the last step"""
-    success = [row["success"] for row in log if "success" in row][-10:]
-    numbers = {"success": sum(success) / len(success), **report.summary(log, last=1)}
-    return {name: numbers[name] for name in OUTCOMES}
+def cell(value):
+    if isinstance(value, list):
+        return f"[{','.join(str(cell(item)) for item in value)}]"
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 @cache
-def log_of(folder):
-    """`finished`, which several claims ask for."""
-    return finished(folder)
+def outcomes(at):
+    """{arm: {seed: {outcome: number or None}}} of a study's finished runs."""
+    arms = {}
+    for (arm, seed), (_, rows) in read_study(f"{at}.csv").items():
+        numbers = summary(rows, last=1)
+        ten = [row for row in rows if "entropy" in row][-10:]
+        for name in OUTCOMES.split():
+            numbers.setdefault(name, mean(row[name] for row in ten if name in row))
+        arms.setdefault(arm, {})[seed] = numbers
+    return arms
 
 
-def finished_runs(world, arm):
-    """{seed: log} of an arm's finished runs."""
-    _, first, seeds = WORLDS[world]
-    logs = {seed: log_of(folder_of(world, arm, seed)) for seed in range(first, first + seeds)}
-    return {seed: log for seed, log in logs.items() if log}
+def arms_table(at):
+    """Rows {column: text}: means over the seeds ± their standard errors."""
+    for arm, runs in outcomes(at).items():
+        row = {os.path.basename(at): arm, "seeds": len(runs)}
+        for name in OUTCOMES.split():
+            values = [numbers[name] for numbers in runs.values() if numbers[name] is not None]
+            error = f" ±{sem(values):.3f}" if len(values) > 1 else ""
+            row[name] = f"{np.mean(values):.3f}{error}" if values else "–"
+        yield row
 
 
-def differences(claim):
-    """The arm's outcome minus the baseline's, for each seed of which both runs are finished."""
-    runs = finished_runs(claim.world, claim.arm)
-    others = finished_runs(claim.world, claim.baseline)
-    outcome = lambda log: outcomes(log)[claim.outcome]
-    return np.array([outcome(runs[s]) - outcome(others[s]) for s in runs if s in others])
-
-
-def interval(values, resamples=10_000):
-    """-> the mean and the 95 % interval of a bootstrap over seeds, always the same one."""
-    rng = np.random.default_rng(0)
-    means = rng.choice(values, (resamples, len(values))).mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return values.mean(), low, high
-
-
-# the 97.5th percentile of Student's t, by the number of seeds
-STUDENT = {5: 2.776, 8: 2.365, 20: 2.093}
-
-
-def interval_by_t(values):
-    """-> a 95 % interval of Student's t, wider than `interval` where seeds are few"""
-    half = STUDENT[len(values)] * values.std(ddof=1) / len(values) ** 0.5
-    return values.mean() - half, values.mean() + half
-
-
-def verdict(claim, low, high):
-    """holds or fails if the interval excludes 0, else undecided"""
-    if low <= 0 <= high:
-        return "undecided"
-    return "holds" if (low > 0) == (claim.sign > 0) else "fails"
-
-
-def decided():
-    """-> (claim, number of seeds, mean, low, high, verdict) of each claim that has two seeds"""
-    rows = []
-    for claim in CLAIMS:
-        values = differences(claim)
-        if len(values) > 1:
-            mean, low, high = interval(values)
-            rows.append((claim, len(values), mean, low, high, verdict(claim, low, high)))
-    return rows
-
-
-def worlds_of(rows):
-    return [world for world in WORLDS if any(row[0].world == world for row in rows)]
-
-
-def summary(rows):
-    """How many of each claim's places hold, fail, and are undecided, as lines of Markdown."""
-    worlds = worlds_of(rows)
-    yield f"| claim | {' | '.join(worlds)} |"
-    yield "|---" * (1 + len(worlds)) + "|"
-    for number, sentence in SENTENCES.items():
-        cells = []
-        for world in worlds:
-            of_claim = [row for row in rows if row[0][:2] == (number, world)]
-            words = [row[-1] for row in of_claim]
-            counts = [f"{word} {words.count(word)}" for word in COLOURS if word in words]
-            cells.append(", ".join(counts) or "-")
-        if any(cell != "-" for cell in cells):
-            yield f"| {number} {sentence} | {' | '.join(cells)} |"
-
-
-def readable(arm):
-    """An arm's name as the paper has it: EPO-Base is the bonus alone."""
-    algo, kind, *coefficient = arm.split("-")
-    if kind == "plain":
-        return algo.upper()
-    name = kind.rstrip("0123456789.")
-    alpha = kind.removeprefix(name)
-    method = {"base": "EPO-Base", "epo": "EPO", "turn": "EPO over turns"}[name]
-    return f"{algo.upper()}+{method}, λ {coefficient[0]}" + (f", α {alpha}" if alpha else "")
-
-
-def arms_with_runs(world):
-    return [arm for arm in (*ARMS[world], GONE[world]) if arm and finished_runs(world, arm)]
-
-
-def arms(world):
-    """Means and standard errors of each arm's outcomes, as lines of Markdown."""
-    yield f"| {world} | seeds | {' | '.join(OUTCOMES.values())} |"
-    yield "|---" * (2 + len(OUTCOMES)) + "|"
-    for arm in arms_with_runs(world):
-        values = [list(outcomes(log).values()) for log in finished_runs(world, arm).values()]
-        cells = []
-        for numbers in np.array(values).T:
-            error = numbers.std(ddof=1) / len(numbers) ** 0.5
-            cells.append(f"{numbers.mean():.3f} ±{error:.3f}")
-        yield f"| {readable(arm)} | {len(values)} | {' | '.join(cells)} |"
-
-
-def positions(world):
-    """The entropy of a response's first token and of the rest, as lines of Markdown.
-
-    Nats and shares of turns in the first and the last step, the cap in the second and the last
-    one, and the shares of tokens above it in the last ten; means over seeds.
-    """
-    columns = "first token, the rest, cap, first above cap, rest above cap, invalid".split(", ")
-    yield f"| {world} | {' | '.join(columns)} |"
-    yield "|---" * 7 + "|"
-    for arm in arms_with_runs(world):
-        logs = finished_runs(world, arm).values()
-        # without the row of the last evaluation
-        steps = [[row for row in log if "entropy" in row] for log in logs]
-        mean = lambda name, part, steps=steps: np.mean(
-            [[row[name] for row in log[part]] for log in steps]
-        )
-        first, second, last, end = slice(0, 1), slice(1, 2), slice(-1, None), slice(-10, None)
-        cells = [
-            f"{mean(f'{place}_entropy', first):.2f} → {mean(f'{place}_entropy', last):.2f}"
-            for place in ("first", "rest")
-        ]
-        cells.append(f"{mean('corridor_high', second):.2f} → {mean('corridor_high', last):.2f}")
-        cells += [f"{mean(f'{place}_above', end):.0%}" for place in ("first", "rest")]
-        cells.append(f"{mean('invalid', first):.0%} → {mean('invalid', last):.0%}")
-        yield f"| {readable(arm)} | {' | '.join(cells)} |"
-
-
-def table(rows):
-    """Every comparison, as lines of Markdown."""
-    yield "| claim | world | outcome | comparison | seeds | difference [95 %] | verdict |"
-    yield "|---|---|---|---|---|---|---|"
-    for claim, seeds, mean, low, high, word in rows:
-        relation = ">" if claim.sign > 0 else "<"
-        cells = [claim.number, claim.world, claim.outcome]
-        cells += [f"{readable(claim.arm)} {relation} {readable(claim.baseline)}", seeds]
-        cells += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", word]
-        yield f"| {' | '.join(map(str, cells))} |"
-
-
-def weak(rows):
-    """The verdicts that an interval of Student's t leaves undecided, as lines of Markdown."""
-    yield "| claim | world | outcome | seeds | verdict | difference [bootstrap] | [Student's t] |"
-    yield "|---|---|---|---|---|---|---|"
-    for claim, seeds, mean, low, high, word in rows:
-        if word == "undecided" or seeds not in STUDENT:
+def compared(at):
+    """Rows {column: value}: the comparisons, by seed, as an equal seed draws equal tasks."""
+    for text in load(at).comparisons:
+        claim, outcome, arm, relation, baseline = text.split()
+        one, other = (outcomes(at).get(name, {}) for name in (arm, baseline))
+        pairs = [(one[seed][outcome], other[seed][outcome]) for seed in one if seed in other]
+        values = np.array([a - b for a, b in pairs if None not in (a, b)])
+        if len(values) < 2:
             continue
-        by_t = interval_by_t(differences(claim))
-        if verdict(claim, *by_t) == word:
-            continue
-        cells = [f"{claim.number}, {readable(claim.arm)}", claim.world, claim.outcome, seeds, word]
-        cells += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "[{:+.3f}, {:+.3f}]".format(*by_t)]
-        yield f"| {' | '.join(map(str, cells))} |"
+        boot = bootstrap([values], np.mean, n_resamples=10_000, method="percentile", rng=0)
+        low, high = boot.confidence_interval
+        student = ttest_1samp(values, 0)
+        t_low, t_high = student.confidence_interval()
+        row = {"claim": claim, "study": os.path.basename(at), "outcome": outcome}
+        row |= {"comparison": f"{arm} {relation} {baseline}", "seeds": len(values)}
+        row |= {"mean": values.mean(), "low": low, "high": high}
+        row |= {"t low": t_low, "t high": t_high, "p": student.pvalue}
+        verdict = "holds" if (low > 0) == (relation == ">") else "fails"
+        row["verdict"] = "undecided" if low <= 0 <= high else verdict
+        yield row
 
 
-def blocks(rows):
-    """What docs/results.md has, each as lines of Markdown."""
-    worlds = worlds_of(rows)
-    of_worlds = [*map(arms, worlds), *map(positions, worlds)]
-    return [summary(rows), weak(rows), *of_worlds, table(rows)]
+def tables(names):
+    """The arms of each study, and all comparisons with Holm's p over them, as Markdown."""
+    rows = [row for at in names for row in compared(at)]
+    highest = 0.0
+    for rank, row in enumerate(sorted(rows, key=lambda row: row["p"])):
+        row["Holm"] = highest = max(highest, min(1.0, (len(rows) - rank) * row["p"]))
+    found = [list(arms_table(at)) for at in names] + [rows]
+    return "\n".join(markdown(table) for table in found if table)
 
 
-# the colour-blind can tell them apart
-COLOURS = {"holds": "#009E73", "fails": "#D55E00", "undecided": "#999999"}
-
-
-def draw(rows):
-    """A panel for each claim and outcome, a line for each world, algorithm and λ; 0 is black."""
-    from matplotlib.figure import Figure
-
-    panels = {}
-    for row in rows:
-        panels.setdefault((row[0].number, row[0].outcome), []).append(row)
-    height = max(map(len, panels.values())) * 0.3 + 0.8
-    lines = (len(panels) + 1) // 2
-    fig = Figure((15, height * lines + 0.8), layout="constrained")
-    axes = list(fig.subplots(lines, 2, squeeze=False).flat)
-    for (number, outcome), shown in sorted(panels.items()):
-        axis = axes.pop(0)
-        draw_panel(axis, shown)
-        axis.set_title(f"{number} {SENTENCES[number]}", loc="left", fontsize="medium")
-        axis.set_xlabel(f"difference of {OUTCOMES[outcome]}")
-    for axis in axes:
-        axis.remove()
-    lines = [fig.axes[0].plot([], [], "o-", color=c, label=word)[0] for word, c in COLOURS.items()]
-    fig.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
-    return fig
-
-
-def draw_panel(axis, rows):
-    names = []
-    for y, (claim, _, mean, low, high, word) in enumerate(rows):
-        axis.plot([low, high], [y, y], color=COLOURS[word], linewidth=3)
-        axis.plot(mean, y, "o", color=COLOURS[word])
-        algo, _, coefficient = claim.arm.split("-")
-        names.append(f"{claim.world} {algo.upper()} λ {coefficient}")
-    axis.set_yticks(range(len(rows)), names)
-    axis.axvline(0, color="black", linewidth=1)
-    axis.set_ylim(len(rows) - 0.5, -0.5)
+def markdown(rows):
+    """Rows {column: value} as a table."""
+    text = lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)
+    lines = [rows[0], ["---"] * len(rows[0]), *[map(text, row.values()) for row in rows]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="run the arms of worlds")
-    run.add_argument("worlds", nargs="+", choices=tuple(WORLDS))
-    run.add_argument("--jobs", type=positive, default=1, help="runs at a time")
-    commands.add_parser("claims", help="print the tables and draw the figure")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"study.py: {message}; see --help\n")
+    parser.add_argument("command", choices=("run", "tables"))
+    parser.add_argument("studies", nargs="+", metavar="NAME.json")
+    parser.add_argument("--jobs", type=int, choices=range(1, 33), metavar="N", default=1)
     args = parser.parse_args()
+    names = [name.removesuffix(".json") for name in args.studies]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if args.command == "run":
-            sys.exit(1 if run_all(waiting_runs(args.worlds), args.jobs) else 0)
-        rows = decided()
-        for lines in blocks(rows):
-            print("\n".join(lines), end="\n\n")
-        if rows:
-            draw(rows).savefig(FIGURE)
+        failed = sum(run(at, args.jobs) for at in names) if args.command == "run" else 0
+        print(tables(names), end="")
     except (SetupError, OSError) as error:
         sys.exit(f"study.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("study.py: stopped; the same command goes on from there")
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":
