@@ -1,7 +1,6 @@
 """PPO's critic: a copy of the policy's body with a scalar head, its advantages and its update.
 
-The value of turn t is read at the last token of its prompt, before the policy writes. The advantage
-that `gae` makes of it is therefore the paper's A_t, one number for all the tokens of the turn.
+A turn's value is read at the last token of its prompt, so A_t is one number for all its tokens.
 """
 
 import copy
@@ -44,14 +43,13 @@ class Critic:
     @contextmanager
     def adapter(self):
         """With LoRA, switch from the policy's adapter to the critic's and back."""
-        if self.adapted is None:
-            yield
-            return
-        self.adapted.set_adapter("critic")
+        if self.adapted is not None:
+            self.adapted.set_adapter("critic")
         try:
             yield
         finally:
-            self.adapted.set_adapter("policy")
+            if self.adapted is not None:
+                self.adapted.set_adapter("policy")
 
     def __call__(self, turns):
         """Turns -> their values (N,), in the order given."""
@@ -107,20 +105,15 @@ def ppo_advantages(values, returns, owner, cfg):
 
 
 def value_loss(values, old_values, targets, clip):
-    """½·mean of the larger squared error: of the value, or of the value clipped around the old one.
-
-    All (N,) -> scalar.
-    """
+    """½·mean of the larger squared error: of the value, or of it clipped around the old one."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - targets) ** 2, (clipped - targets) ** 2).mean()
 
 
 def explained_variance(values, targets):
     """1 - Var(targets - values) / Var(targets): 1 is perfect, 0 is no better than the mean."""
-    variance = targets.var(unbiased=False)
-    if variance == 0:
-        return 0.0
-    return (1 - (targets - values).var(unbiased=False) / variance).item()
+    variance, error = targets.var(unbiased=False), (targets - values).var(unbiased=False)
+    return (1 - error / variance).item() if variance else 0.0
 
 
 def update_critic(critic, optimizer, turns, old_values, targets, cfg):

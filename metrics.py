@@ -1,7 +1,6 @@
-"""The columns of a run's log: what the episodes, the tokens and the corridor of a step say.
+"""The columns of a run's log; docs/metrics.md explains each. None is no value.
 
-A column is named here, where it is computed, and explained in docs/metrics.md; the terms of the
-loss are named in epo.py. Who reads a log takes the columns that it has. None is no value.
+The terms of the loss are named in epo.py. Who reads a log takes the columns that it has.
 """
 
 import itertools
