@@ -34,11 +34,13 @@ from support.run_folder import SetupError
 # settings that runs of an arm need not share
 OF_A_RUN = set("seed out resume evaluate preset device tokens_per_batch".split())
 # what is kept of a log; MORE is for figures, of the arms that they show and the first seed
-COLUMNS = "step success score entropy corridor_low corridor_high above below invalid "
-COLUMNS += "first_entropy first_above rest_entropy rest_above iid_success ood_success seconds "
+COLUMNS = "step success score entropy corridor_low corridor_high above below invalid uniform "
+COLUMNS += "first_entropy first_above rest_entropy rest_above iid_success ood_success "
+COLUMNS += "entropy_coef seconds "
 MORE = "kl beta loss policy_loss entropy_loss smoothing_loss entropy_by_turn entropy_histogram"
-# numbers of a run: of its evaluations, of all its steps, and means of the last ten steps
-OUTCOMES = "iid_after ood_after highest jump success invalid "
+# numbers of a run: of its evaluations, of all its steps (area: the mean success), and means of the
+# last ten steps
+OUTCOMES = "iid_after ood_after after area highest jump success invalid "
 OUTCOMES += "first_entropy rest_entropy first_above rest_above"
 
 
@@ -160,6 +162,9 @@ def outcomes(at):
     arms = {}
     for (arm, seed), (_, rows) in read_study(f"{at}.csv").items():
         numbers = summary(rows, last=1)
+        both = [numbers["iid_after"], numbers["ood_after"]]
+        numbers["after"] = None if None in both else mean(both)
+        numbers["area"] = mean(row["success"] for row in rows if "success" in row)
         ten = [row for row in rows if "entropy" in row][-10:]
         for name in OUTCOMES.split():
             numbers.setdefault(name, mean(row[name] for row in ten if name in row))
