@@ -1,68 +1,178 @@
-"""Speed and memory beside the usual ways: the same work in several ways, in one run.
+"""Speed and memory of each part, a line of JSON for each measurement.
 
-    python -m tools.bench                     # all parts that can run here
-    python -m tools.bench rollout loss        # some of them
+    python -m tools.bench environment rollout loss step | tee bench.jsonl
+    python -m tools.bench Qwen2.5-1.5B --lora-rank 32         # random weights of its shape
+    MALLOC_MMAP_THRESHOLD_=65536 python -m tools.bench SmolLM2-135M     # an exact peak of a CPU's
 
-The parts are environment, alfworld, rollout, loss, memory, models and step. Each prints a table and
-adds it to a JSON file. Ratios carry over to other machines, times do not.
+Other ways to do the same work were measured with commit c0df856 (results/bench.json).
 """
 
 import argparse
 import json
-import os
+import random
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter as clock
 
 import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
-from support import forward
-from support.run_folder import SetupError, one_line, write_json
-from tools.bench_models import loss, loss_once, memory, memory_once, model_once, models, step
-from tools.bench_worlds import alfworld, environment, rollout
-from tools.measure import DEVICE
+from config import Config, decide
+from envs import make_world
+from epo import epo_loss, token_logp_and_entropy
+from policy import Policy, add_lora, load_policy
+from rollout import Turn, collect, generate
+from support.run_folder import ROOT, SetupError, read_log
+from tools.memory import SHAPES, predict
+from update import LOGITS_AT_ONCE, make_batch, make_learner, update
+from worlds.scienceworld import ScienceWorld
 
-PARTS = {f.__name__: f for f in (environment, alfworld, rollout, loss, memory, models, step)}
-# one measurement each, for a process of its own
-ONCE = {f.__name__: f for f in (loss_once, memory_once, model_once)}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def read_results(path):
-    """The results of earlier parts. Raises SetupError."""
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, TypeError, ValueError) as error:
-        raise SetupError(f"{path} is not a file of results ({one_line(error)})") from error
+def megabytes(name, file="/proc/self/status"):
+    """A line of what Linux tells of a process's memory."""
+    with open(file) as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def peak_memory(forget=False):
+    """The most MB of this process, or of its tensors on a GPU, so far; forget: now, and from now"""
+    if DEVICE == "cuda":
+        if forget:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
+    if forget:
+        Path("/proc/self/clear_refs").write_text("5")
+    return megabytes("VmHWM")
+
+
+def environment(episodes=32, turns=10):
+    """ScienceWorld's own solutions, played side by side in one simulator."""
+    for way, objects in (("compact prompt", False), ("chat prompt (objects in sight)", True)):
+        with ScienceWorld(("find-animal", "find-plant", "boil"), objects=objects, jvms=1) as world:
+            tasks = world.tasks("train")[::10][:episodes]
+            plans = [(world.gold(task) + ["look around"] * turns)[:turns] for task in tasks]
+            world.reset(tasks)
+            begin, played, active = clock(), 0, range(len(tasks))
+            for t in range(turns):
+                after = world.step({slot: plans[slot][t] for slot in active})
+                played += len(after)
+                active = [slot for slot in active if not after[slot].done]
+            speed = played / (clock() - begin)
+            java = world.simulators.jvms[0].process.pid
+            memory = megabytes("Pss:", f"/proc/{java}/smaps_rollup")
+        yield {"way": f"ours, {way}", "episodes": len(tasks), "turns/s": speed, "MB": memory}
+
+
+def rollout(episodes=64):
+    """Whole episodes of the tiny policy in ScienceWorld; to load the tasks is left out."""
+    cfg, policy = decide({"env": "scienceworld"}), load_policy("tiny", "scienceworld")
+    with make_world(cfg, compact=True) as world:
+        tasks = random.Random(0).sample(world.tasks("train"), episodes)
+        generator = torch.Generator().manual_seed(0)
+        done, _, seconds = collect(world, policy, tasks, cfg.turns, 1.0, 24, generator)
+    turns = sum(len(episode.turns) for episode in done)
+    speed = turns / (seconds["generate"] + seconds["environment"])
+    yield {"way": "ours", "episodes": episodes, "turns": turns, "turns/s": speed}
+
+
+def loss(tokens=2048, width=896, vocabulary=151_936):
+    """The loss and its gradient as update.py computes them, and at once, at Qwen2.5-0.5B's width"""
+    for way, at_once in (("ours", LOGITS_AT_ONCE // vocabulary), ("direct", tokens)):
+        yield {"way": way, "tokens": tokens} | loss_row(at_once, tokens, width, vocabulary)
+
+
+def loss_row(at_once, tokens, width, vocabulary):
+    torch.manual_seed(0)
+    weight = (0.02 * torch.randn(vocabulary, width, device=DEVICE)).requires_grad_()
+    hidden = torch.randn(tokens, width, device=DEVICE, requires_grad=True)
+    response = torch.randint(vocabulary, (tokens,), device=DEVICE)
+    advantages = torch.randn(tokens, device=DEVICE)
+    before, begin = peak_memory(forget=True), clock()
+    for rows in torch.arange(tokens).split(at_once):
+        logp, entropy = token_logp_and_entropy(hidden[rows] @ weight.T, response[rows])
+        flat = {"logp": logp, "old_logp": logp.detach(), "entropy": entropy}
+        flat |= {"advantages": advantages[rows], "weights": torch.full_like(logp, 1 / tokens)}
+        total, _ = epo_loss(**flat, history_mean=5.0, beta_k=1.5)
+        total.backward()
+    # this also waits for a GPU
+    checksum = hidden.grad.abs().sum().item()
+    memory = peak_memory() - before
+    return {"seconds": clock() - begin, "peak MB": memory, "|∂L/∂h|": checksum}
+
+
+def model(name, rank, dtype="bfloat16"):
+    """A rollout and an update of random weights of a model's shape; more of them on a GPU."""
+    rows, prompt, response = (64, 1024, 128) if DEVICE == "cuda" else (20, 200, 48)
+    tokens, config = rows * (prompt + response), SHAPES[name]
+    # micro-batches so large that a CPU, too, computes layers again
+    more = {"minibatches": 1, "tokens_per_batch": 16384}
+    cfg = Config(lora_rank=rank, dtype=dtype, lr=1e-5, **more)
+    before, learner = peak_memory(forget=True), random_learner(config, cfg)
+    prompts = torch.randint(config.vocab_size, (rows, prompt)).tolist()
+    # the second time all is warm
+    for _ in range(2):
+        begin = clock()
+        written = generate(learner.policy, prompts, 1.0, response)
+        middle = clock()
+        turns = [Turn(0, ids, *sample) for ids, sample in zip(prompts, written, strict=True)]
+        batch = make_batch(turns, torch.arange(rows), torch.randn(rows), cfg)
+        update(learner, turns, batch, 5.0, 1.5, cfg, tqdm(disable=True))
+        end = clock()
+    always, *phases = predict(config, rank, tokens=min(tokens, 16384), cached=tokens)
+    row = {"trained": f"LoRA {rank}" if rank else "all", "peak MB": peak_memory() - before}
+    row["predicted MB"] = (always + max(phases)) / 2**20
+    row["generated tokens/s"] = rows * response / (middle - begin)
+    yield row | {"trained tokens/s": tokens / (end - middle)}
+
+
+def random_learner(config, cfg):
+    """What train.py trains, with random weights of a model's shape."""
+    mixed = cfg.dtype == "bfloat16"
+    dtype = torch.bfloat16 if mixed and cfg.lora_rank else torch.float32
+    # drawn where they stay: a CPU takes minutes to draw 7 billion numbers
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.activation_checkpointing_enable()
+    model.mixed = model.base_model.mixed = mixed
+    if cfg.lora_rank:
+        add_lora(model, "policy", cfg.lora_rank)
+    # a compact policy needs no tokenizer to see where a response ends
+    policy = Policy(model.eval(), None, [], compact=True, tokens_per_batch=cfg.tokens_per_batch)
+    return make_learner(cfg, policy)
+
+
+def step():
+    """The seconds of train.py's steps on ScienceWorld with the tiny policy; means of two steps."""
+    parts = ("turns", "seconds_generate", "seconds_environment", "seconds_train", "seconds")
+    for tasks in (1, 2, 4, 8):
+        flags = f"--steps 3 --tasks-per-step {tasks} --turns 12 --eval-episodes 1 --out run"
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, f"{ROOT}/train.py", *flags.split()]
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            _, *log = read_log(f"{folder}/run")[:3]
+        yield {"episodes": 8 * tasks} | {part: sum(row[part] for row in log) / 2 for part in parts}
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    functions = {f.__name__: f for f in (environment, rollout, loss, step)}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"bench.py: {message}; see --help\n")
-    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
-    text = "where the results go, beside those of parts that ran earlier"
-    parser.add_argument("--out", default="bench.json", help=text)
-    parser.add_argument("--once", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("parts", nargs="+", choices=[*functions, *SHAPES], metavar="part or model")
+    parser.add_argument("--lora-rank", type=int, default=0, help="of a model; 0: none")
     args = parser.parse_args()
-    if args.once:
-        function, arguments = args.once
-        # as on a GPU; the memory model is for these
-        forward.RECOMPUTE_ABOVE = 0
-        return print(json.dumps(ONCE[function](*json.loads(arguments))))
-    if unknown := [part for part in args.parts if part not in PARTS]:
-        parser.error(f"unknown part {unknown[0]!r}; there are: {', '.join(PARTS)}")
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     try:
-        results = read_results(args.out)
-        device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-        results |= {"threads": torch.get_num_threads(), "device": device}
-        for part in args.parts or PARTS:
-            results[part] = PARTS[part]()
-            write_json(args.out, results)
-    except (SetupError, OSError) as error:
+        for part in args.parts:
+            rows = functions[part]() if part in functions else model(part, args.lora_rank)
+            for row in rows:
+                where = {"part": part, "device": device, "threads": torch.get_num_threads()}
+                print(json.dumps(where | row, ensure_ascii=False), flush=True)
+    except SetupError as error:
         sys.exit(f"bench.py: {error}")
 
 
