@@ -33,14 +33,32 @@ def make_learner(cfg, policy):
     """The reference policy, the critic and the optimizers, as a run begins."""
     if cfg.kl_coef and not cfg.lora_rank:
         policy.reference = copy.deepcopy(policy.model).requires_grad_(False)
-    adamw = lambda parameters, lr: torch.optim.AdamW(
-        parameters.values(), lr=lr, weight_decay=cfg.weight_decay, fused=True
-    )
-    optimizer = adamw(trained(policy.model), cfg.lr)
+    optimizer = make_optimizer(trained(policy.model), cfg.lr, cfg.weight_decay)
     if cfg.algo == "grpo":
         return Learner(policy, optimizer, None, None, [])
     critic = Critic(policy.model, cfg.lora_rank)
-    return Learner(policy, optimizer, critic, adamw(critic.trained(), cfg.critic_lr), [])
+    critic_optimizer = make_optimizer(critic.trained(), cfg.critic_lr, cfg.weight_decay)
+    return Learner(policy, optimizer, critic, critic_optimizer, [])
+
+
+def make_optimizer(parameters, lr, weight_decay, fused=True):
+    """AdamW with all of its state from the beginning, as a checkpoint is compared with it."""
+    adamw = torch.optim.AdamW(parameters.values(), lr, weight_decay=weight_decay, fused=fused)
+    # a schedule that goes on needs it
+    adamw.param_groups[0]["initial_lr"] = lr
+    for p in parameters.values():
+        step = torch.tensor(0.0, device=p.device if fused else "cpu")
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        adamw.state[p] = {"step": step, **moments}
+    return adamw
+
+
+def load_optimizer(optimizer, saved):
+    """Put a checkpoint's state, which is like its own (`unlike`), into a new optimizer."""
+    groups = optimizer.state_dict()["param_groups"]
+    # its own zeros would take memory beside it
+    optimizer.state.clear()
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def make_schedules(cfg, learner, first):
@@ -94,8 +112,8 @@ def make_batch(turns, owner, advantages, cfg):
 def update(learner, turns, batch, history_mean, beta_k, cfg, bar):
     """One pass over the step's tokens in cfg.minibatches updates. -> the losses, summed over them.
 
-    Weights are made once for the whole batch. A mini-batch takes its share of them times the number
-    of mini-batches: an unbiased estimate of the batch's gradient for any size of micro-batches.
+    A mini-batch has its share of the batch's weights times the number of mini-batches: an unbiased
+    estimate of the batch's gradient for any size of micro-batches.
     """
     model, optimizer = learner.policy.model, learner.optimizer
     rows_of = torch.arange(len(batch.turn)).split(torch.bincount(batch.turn).tolist())
@@ -124,9 +142,8 @@ def update(learner, turns, batch, history_mean, beta_k, cfg, bar):
 def add_gradient(policy, turns, batch, history_mean, beta_k, cfg):
     """Backpropagate the loss of some turns. -> its terms
 
-    The loss is a sum over tokens, so it can be computed and backpropagated to the last hidden
-    states for a few hundred tokens at a time; only then does the gradient of these states go
-    through the model. A (T, V) matrix and the softmax of the entropy never exist whole.
+    The loss is a sum over tokens, so it goes back to the last hidden states for a few hundred of
+    them at a time, and from there through the model once. A (T, V) matrix never exists whole.
     """
     device = policy.model.device
     reference_states = policy.reference_states(turns) if cfg.kl_coef else None
@@ -175,19 +192,16 @@ def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
     floor, cap = corridor(history_mean, cfg.kappa_l, cfg.kappa_r)
     ratio = (logp - batch.old_logp).exp()
     high = cfg.clip if cfg.clip_high is None else cfg.clip_high
-    clipped = (ratio < 1 - cfg.clip) | (ratio > 1 + high)
-    terms["clip_fraction"] = (weights * clipped).sum().item()
-    terms["below"] = (weights * (entropy < floor)).sum().item()
-    terms["above"] = (weights * (entropy > cap)).sum().item()
-    return loss, terms
+    share = lambda chosen: (weights * chosen).sum().item()
+    terms["clip_fraction"] = share((ratio < 1 - cfg.clip) | (ratio > 1 + high))
+    return loss, terms | {"below": share(entropy < floor), "above": share(entropy > cap)}
 
 
 def stop_before_the_update(cfg, turns, batch, loss, norm):
     """Write the batch of a loss that is not finite to bad-batch.pt, and raise SetupError."""
     state = {"turns": [asdict(turn) for turn in turns], "advantages": batch.advantages}
     save_tensors(os.path.join(cfg.out, "bad-batch.pt"), state)
-    raise SetupError(
-        f"the loss or its gradient is not finite (loss {loss}, gradient norm {norm}); the last "
-        "checkpoint is untouched, the batch is in bad-batch.pt: begin a run with a lower --lr, "
-        "--entropy-coef or --kl-coef, or a higher --temperature"
-    )
+    what = f"the loss or its gradient is not finite (loss {loss}, gradient norm {norm})"
+    kept = "the last checkpoint is untouched, the batch is in bad-batch.pt"
+    mend = "begin a run with a lower --lr, --entropy-coef or --kl-coef, or a higher --temperature"
+    raise SetupError(f"{what}; {kept}: {mend}")
