@@ -1,6 +1,7 @@
 """What a user can get wrong, what can break around a run, and who else is on the machine.
 
-Each fault ends in one line and a status that is not 0; nothing is overwritten, no process is left.
+A fault is a row of a table: what is done, and what the line says. It ends in that one line and a
+status that is not 0; nothing is overwritten, no process is left.
 """
 
 import io
@@ -15,7 +16,9 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -23,21 +26,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import config
-import envs
 import plot
 import train
+from envs import World
+from metrics import summary
+from policy import asked_for, load_policy
 from support import report, run_folder
-from support.loading import load_policy
-from support.run_folder import SetupError, load_checkpoint, locked, read_log
-from tools import harass, sweep
+from support.run_folder import SetupError, is_new, load_checkpoint, locked, read_log
+from worlds.alfworld import ALFWorld
 from worlds.alfworld_engine import compile_expression
 from worlds.alfworld_generate import generate
+from worlds.scienceworld import ScienceWorld
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
     "--env keyquest --tasks short --tasks-per-step 2 --group-size 2 --minibatches 2 --turns 4 "
     "--eval-episodes 2 --eval-every 2 --steps 3"
 ).split()
+NO_ALFWORLD = find_spec("fast_downward") is None
+needs_alfworld = pytest.mark.skipif(NO_ALFWORLD, reason="ALFWorld needs Python 3.11 or 3.12")
 # the same examples every time, and no folder of them
 settings.register_profile("faults", derandomize=True, database=None, deadline=None)
 settings.load_profile("faults")
@@ -46,29 +53,31 @@ settings.load_profile("faults")
 def call(program, *arguments):
     """main() of a program in this process -> (status, stdout, stderr); a new one costs seconds."""
     output, error, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(error):
         patch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
-        with redirect_stdout(output), redirect_stderr(error):
-            try:
-                program.main()
-            except SystemExit as stop:
-                status = stop.code
+        try:
+            program.main()
+        except SystemExit as stop:
+            status = stop.code
     if isinstance(status, str):
+        # as Python does with a text
         return 1, output.getvalue(), error.getvalue() + status
     return status, output.getvalue(), error.getvalue()
 
 
-def refuses(program, *arguments, says, status=1):
-    got, _, error = call(program, *arguments)
-    assert got == status, error
-    assert len(error.strip().splitlines()) == 1
+def refuses(program, *arguments, says):
+    status, _, error = call(program, *arguments)
+    assert status != 0
+    assert len(error.strip().splitlines()) == 1, error
     assert "Traceback" not in error
-    assert says in error, error
+    # a setting is named as a flag
+    assert says in error or says in error.replace("-", "_"), error
 
 
-def children():
-    tasks = Path("/proc/self/task").glob("*/children")
-    return {pid for task in tasks for pid in task.read_text().split()}
+def children(pid="self"):
+    """The processes that one has started and that have not ended."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return {int(pid) for task in tasks for pid in task.read_text().split()}
 
 
 @pytest.fixture(autouse=True)
@@ -90,392 +99,235 @@ def finished(tmp_path_factory):
     return folders
 
 
-@pytest.fixture
-def damaged(finished, tmp_path):
-    """A copy of the finished GRPO run, to be damaged."""
-    return Path(shutil.copytree(finished["grpo"], tmp_path / "tiny-grpo-epo-seed0"))
-
-
 def contents(folder):
     """{path: bytes} of all but the lock, which is empty."""
     files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != "lock"]
     return {str(path): path.read_bytes() for path in files}
 
 
-def without_clock(folder):
+def log_of(folder):
+    """The rows of a log without what a clock measured."""
     rows = read_log(folder)
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
-# ---- flags
+def rows_of(table):
+    """A table as text: several rows in a line, with | between them."""
+    return table.strip("\n").replace("\n", "|").split("|")
 
+
+# ---- flags
 
 NO_VALUES = """
 --env nowhere|--env KeyQuest|--env ''|--algo EPO|--algo ''|--dtype float64|--games all
---average mean|--reward dense|--dynamic-weight yes|--smoothing ''|--device ''|--device gpu
+--average mean|--reward dense|--dynamic-weight yes|--smoothing soft|--device ''|--device gpu
 --steps ''|--steps 1e3|--steps 2.0|--steps --|--steps many|--step 3|--steps --resume
 --kappa-r -inf|--lr ''|--lr one|--lr 1,0|--temperature|--group-size 8.5|--seed 0x1|--turns ∞
 --window none|--lora-rank r|--out|--evaluate|--model|--resume maybe|--no-resume|extra|--colour red
 -x|--minibatches '1 2'
-""".strip()
-
-
-@pytest.mark.parametrize("flags", NO_VALUES.replace("\n", "|").split("|"))
-def test_what_is_no_flag_or_no_value_is_one_line(flags, tmp_path):
-    out = tmp_path / "new"
-    refuses(train, "--out", out, *shlex.split(flags), says="; see --help", status=2)
-    assert not out.exists()
-
-
-FIELDS = {f.name: f for f in config.fields(config.Config)}
-FLOATS = [name for name, f in FIELDS.items() if f.type in (float, float | None)]
-INTS = [name for name, f in FIELDS.items() if f.type in (int, int | None)]
-BAD_NUMBERS = [(name, value) for name in FLOATS for value in ("nan", "-inf", "-1e300", "1e300")]
-BAD_NUMBERS += [(name, "inf") for name in FLOATS if name != "kappa_r"]
-BAD_NUMBERS += [(name, value) for name in INTS for value in ("-1", "1" + 400 * "0")]
-BAD_NUMBERS += [(name, "0") for name in INTS if name not in ("seed", "lora_rank")]
-BAD_NUMBERS += [(name, "-0.1") for name in FLOATS if name != "eval_temperature"]
-BAD_NUMBERS += [(name, "1.01") for name in config.SHARES]
-
-
-@pytest.mark.parametrize("name, value", BAD_NUMBERS)
-def test_a_number_that_cannot_work_is_one_line(name, value, tmp_path):
-    out, flag = tmp_path / "new", name.replace("_", "-")
-    more = ["--algo", "ppo"] if name in ("discount", "gae_lambda") else []
-    says = name if name in ("alpha", "gamma", "kappa_l", "kappa_r") else f"--{flag}"
-    got, _, error = call(train, *SMALL, *more, "--out", out, f"--{flag}={value}")
-    assert got == 1
-    assert len(error.splitlines()) == 1
-    assert says in error.replace("-", "_") or says in error
-    assert not out.exists()
-
-
+"""
+HINTS = get_type_hints(config.Config)
+FLOATS = [name for name, hint in HINTS.items() if hint in (float, float | None)]
+INTS = [name for name, hint in HINTS.items() if hint in (int, int | None)]
+SHARES = ("discount", "gae_lambda", "entropy_decay", "warmup", "min_lr")
+NUMBERS = [(name, value) for name in FLOATS for value in ("nan", "-inf", "-1e300", "1e300")]
+NUMBERS += [(name, "inf") for name in FLOATS if name != "kappa_r"]
+NUMBERS += [(name, value) for name in INTS for value in ("-1", "1" + 400 * "0")]
+NUMBERS += [(name, "0") for name in INTS if name not in ("seed", "lora_rank")]
+NUMBERS += [(name, "-0.1") for name in FLOATS if name != "eval_temperature"]
+NUMBERS += [(name, "1.01") for name in SHARES]
+NUMBERS += [("temperature", value) for value in ("1e-5", "1e-40", "0.049", "101")]
+NUMBERS += [("eval_temperature", "0"), ("seed", "1000000000000"), ("kappa_l", "3")]
+NUMBERS += [("eval_episodes", "1000001"), ("lora_rank", "100001"), ("steps", "--")]
+# flags, others of the same kind: what the line says. They are given beside `a file`, and `a run`,
+# which is finished.
 WRONG = {
     "--evaluate ''": "--evaluate is empty",
     "--out ''": "--out is empty",
-    "--evaluate /": "is not a run folder",
-    "--evaluate .": "is not a run folder",
-    "--evaluate checkpoint.pt": "is not a run folder",
-    "--evaluate no/such/checkpoint.pt": "no/such is not a run folder",
-    "--resume": "is not a run folder",
-    "--resume --preset tiny-grpo-epo": "is not a run folder",
-    "--steps=--": "--steps",
+    "--evaluate /; --evaluate .; --evaluate checkpoint.pt; --resume": "is not a run folder",
     "--minibatches 3": "doesn't divide",
-    "--kappa-l 3": "kappa_l",
     "--kappa-l 0.5 --kappa-r 0.4": "kappa_l",
     "--group-size 1 --minibatches 1": "--group-size",
-    "--discount 0.9": "--algo ppo",
-    "--gae-lambda 0.9": "--algo ppo",
-    "--smoothing indicator --entropy-coef 0": "without λ",
-    "--temperature 1e-5": "--temperature",
-    "--temperature 1e-40": "--temperature",
-    "--temperature 0.049": "--temperature",
-    "--temperature 101": "--temperature",
-    "--eval-temperature 0": "--eval-temperature",
-    "--warmup 1e5": "--warmup",
-    "--seed 1000000000000": "--seed",
-    "--eval-episodes 1000001": "--eval-episodes",
     "--tasks-per-step 1000 --group-size 1002": "--tasks-per-step",
-    "--lora-rank 100001": "--lora-rank",
-    "--preset ''": "unknown --preset ''",
-    "--preset tiny": "unknown --preset 'tiny'",
-    "--tasks no-such": "'no-such'; there are: short, long",
-    "--tasks 'short, no-such'": "'no-such'",
-    "--tasks Short": "'Short'",
+    "--discount 0.9; --gae-lambda 0.9": "does nothing with --algo grpo",
+    "--smoothing indicator --entropy-coef 0": "does nothing with --entropy-coef 0",
+    "--device cuda": "--device cuda: PyTorch sees no such GPU here",
+    "--preset ''; --preset tiny": "unknown preset '",
+    "--tasks no-such; --tasks 'short, no-such'": "'no-such'; there are: short, long",
     "--env scienceworld": "unknown ScienceWorld task 'short'",
-    "--env alfworld": "unknown ALFWorld task 'short'",
     "--env scienceworld --tasks boil --simplifications hard": "'hard'",
-    "--model ''": "model ''",
-    "--model no/such": "model 'no/such'",
-    "--model /": "model '/'",
-    "--model tests": "model 'tests'",
-    "--out /dev/null": "is a file",
-    "--out /dev/null/x": "is a file",
+    "--model ''; --model no/such; --model /; --model 'a run'": "cannot be loaded",
+    "--out 'a file'; --out /dev/null": "is a file",
+    "--out 'a file/x'; --out /dev/null/x": "Not a directory",
     "--out /proc/x": "/proc/x",
-    "--out README.md": "is a file",
-    "--out tests": "tests exists already",
-    "--out /": "/ exists already",
     f"--out {300 * 'x'}": "File name too long",
+    "--out 'a run'": "a run exists already; continue it with --resume",
+    "--resume --out 'a run' --lr 0.5": "--resume: --lr is 0.5, but the run has",
+    "--evaluate 'a run/tasks.json'": "a run/tasks.json cannot be read",
+    "--evaluate 'a run/checkpoint.pt' --lora-rank 4": "leave out --model and --lora-rank",
+    f"--evaluate 'a run/checkpoint.pt' --model '{ROOT}/models/scienceworld'": "leave out --model",
 }
+EACH_WRONG = [(flags, says) for rows, says in WRONG.items() for flags in rows.split("; ")]
+EACH_WRONG += [(flags, "; see --help") for flags in rows_of(NO_VALUES)]
+EACH_WRONG += [(f"--{name.replace('_', '-')}={value}", name) for name, value in NUMBERS]
 
 
-@pytest.mark.parametrize("flags", WRONG)
-def test_flags_that_cannot_work_are_one_line(flags, tmp_path):
-    before = os.listdir(ROOT / "tests")
-    refuses(train, *SMALL, "--out", tmp_path / "new", *shlex.split(flags), says=WRONG[flags])
-    assert os.listdir(tmp_path) == []
-    assert os.listdir(ROOT / "tests") == before
+@pytest.mark.parametrize("flags, says", EACH_WRONG)
+def test_flags_that_cannot_work_are_one_line(flags, says, finished, tmp_path, monkeypatch):
+    (tmp_path / "a file").touch()
+    shutil.copytree(finished["grpo"], tmp_path / "a run")
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    # an evaluation takes no flag that does nothing
+    more = [] if "--evaluate 'a run" in flags else [*SMALL, "--out", tmp_path / "new"]
+    refuses(train, *more, *shlex.split(flags), says=says)
+    assert contents(tmp_path) == before and not (tmp_path / "new").exists()
 
 
-ODD = (
-    "--kappa-r inf",
-    "--tasks 'short, long'",
-    "--temperature 0.05 --eval-temperature 0.01",
-    "--warmup 1 --min-lr 0",
-    "--eval-every 1000000000 --window 1000000000",
-    "--max-tokens 1",
-    "--turns 1",
-    "--tokens-per-batch 1",
-    "--gamma 1e6",
-    "--clip 1000000 --value-clip 1e-300 --grad-clip 1e-300",
-)
+ODD = """
+--kappa-r inf --kappa-l 0.5|--tasks 'short, long'|--warmup 1 --min-lr 0|--max-tokens 1|--turns 1
+--temperature 0.05 --eval-temperature 0.01|--eval-every 1000000000 --window 1000000000
+--tokens-per-batch 1|--gamma 1e6|--algo ppo --clip 1000000 --value-clip 1e-9 --grad-clip 1e-9
+"""
 
 
-@pytest.mark.parametrize("flags", ODD)
+@pytest.mark.parametrize("flags", rows_of(ODD))
 def test_odd_flags_that_can_work_do(flags, tmp_path):
     # a folder that is there, but empty
     status, _, error = call(train, *SMALL, "--out", tmp_path, "--steps", 2, *shlex.split(flags))
     assert (status, error) == (0, "")
     assert [row["step"] for row in read_log(tmp_path)] == [0, 1, 2]
     plot.load(tmp_path)
+    # its config.json, with Infinity, is read again
+    assert call(train, "--resume", "--out", tmp_path)[0] == 0
 
 
-def test_without_a_cap_the_pages_are_drawn(tmp_path):
-    out = tmp_path / "run"
-    status, _, error = call(train, *SMALL, "--kappa-r", "inf", "--kappa-l", 0.5, "--out", out)
-    assert status == 0, error
-    assert [row["corridor_high"] for row in read_log(out)[:-1]] == [None] * 3
-    assert read_log(out)[2]["corridor_low"] > 0
-    assert call(plot, out, "--out", tmp_path / "figures")[0] == 0
-    # it can be read again: Infinity is in config.json
-    assert call(train, "--resume", "--out", out)[0] == 0
+# ---- damaged files: what is done to a file of a run
 
 
-def test_a_million_evaluation_tasks_are_drawn_in_seconds():
-    tasks = [envs.Task(name, i) for name in "abc" for i in range(100)]
-    begin = time.process_time()
-    assert len(train.draw(tasks, 10**6, 0)) == 10**6
-    assert time.process_time() - begin < 20
+put = lambda data: lambda path: path.write_bytes(data)
+edit = lambda change: lambda path: path.write_bytes(change(path.read_bytes()))
+setting = lambda **new: edit(lambda text: json.dumps(json.loads(text) | new).encode())
+tensors = lambda value: lambda path: torch.save(value, path)
+state = lambda **new: lambda path: torch.save(torch.load(path) | new, path)
 
 
-@settings(max_examples=150)
-@given(
-    st.sampled_from([name for name in FIELDS if name not in ("resume", "device")]),
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8),
-)
-def test_any_text_for_any_flag_is_taken_or_one_line(name, text):
-    error = io.StringIO()
-    arguments = ["--out=no/such/folder", f"--{name}={text}"]
-    with redirect_stdout(io.StringIO()), redirect_stderr(error):
-        try:
-            config.parse(arguments)
-        except SetupError as stop:
-            assert "\n" not in str(stop)
-        except SystemExit as stop:
-            assert stop.code == 2
-            assert error.getvalue().count("\n") == 1
-
-
-# ---- damaged files
-
-
-NO_CONFIGS = {
-    "empty": b"",
-    "null": b"null",
-    "a list": b"[]",
-    "a number": b"5",
-    "a text": b'"grpo"',
-    "an empty object": b"{}",
-    "half": b'{"env": "keyquest", ',
-    "no text": b"\xff\xfe\x00",
-    "zeros": bytes(4096),
-    "deep": b"[" * 10**5,
-    "no steps": b'{"env": "keyquest", "model": "tiny", "algo": "grpo"}',
-    "steps is null": b'{"env": "keyquest", "model": "tiny", "algo": "grpo", "steps": null}',
-    "env is a number": b'{"env": 5, "model": "tiny", "algo": "grpo", "steps": 3}',
-}
-
-
-def sweep_over(folder):
-    more = SMALL[2:]
-    return "tiny-grpo-epo", "--seeds", 1, "--out", folder.parent, "--env", "keyquest", *more
-
-
-@pytest.mark.parametrize("damage", NO_CONFIGS)
-def test_a_damaged_config_is_one_line_for_every_program(damage, damaged):
-    (damaged / "config.json").write_bytes(NO_CONFIGS[damage])
-    before = contents(damaged)
-    says = f"{damaged}/config.json cannot be read ("
-    refuses(train, "--resume", "--out", damaged, says=says)
-    refuses(train, "--evaluate", damaged / "checkpoint.pt", says=says)
-    refuses(plot, damaged, "--out", damaged, says=says)
-    refuses(sweep, *sweep_over(damaged), says=says)
-    assert contents(damaged) == before
-
-
-CHANGES = {
-    "another algorithm": ({"algo": "ppo"}, "checkpoint.pt cannot be read (it is not of --algo ppo"),
-    "no algorithm": ({"algo": "EPO"}, "config.json cannot be read (--algo: 'EPO'"),
-    "another world": ({"env": "alfworld"}, "unknown ALFWorld task"),
-    "no world": ({"env": "x"}, "config.json cannot be read (--env: 'x'"),
-    "another model": ({"model": str(ROOT / "models" / "scienceworld")}, "not this model's"),
-    "no model": ({"model": "no/such"}, "model 'no/such'"),
-    "an adapter": ({"lora_rank": 2}, "not this model's"),
-    "an unknown setting": ({"colour\n": "red"}, r"config.json cannot be read ('colour\n' is no"),
-    "turns in a list": ({"turns": [4]}, "config.json cannot be read (--turns: [4]"),
-    "no steps": ({"steps": 0}, "config.json cannot be read (--steps must be positive"),
-    "steps of true": ({"steps": True}, "config.json cannot be read (its steps"),
-    "a rate in words": ({"lr": "high"}, "config.json cannot be read (--lr: 'high'"),
-    "a large integer": ({"seed": 10**400}, "config.json cannot be read (--seed: 1000"),
-    "nan": ({"clip": float("nan")}, "config.json cannot be read (--clip: nan"),
-    "another GPU": ({"device": "cuda"}, "--device cuda"),
-    "a number as a folder": ({"out": 5}, "config.json cannot be read (--out: 5"),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_an_edited_config_is_one_line(change, damaged):
-    edited, says = CHANGES[change]
-    path = damaged / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | edited))
-    before = contents(damaged)
-    refuses(train, "--resume", "--out", damaged, says=says)
-    assert contents(damaged) == before
-
-
-def test_what_to_do_is_never_read_from_a_file(damaged):
-    path = damaged / "config.json"
-    own = {"evaluate": "no/such.pt", "resume": True, "out": "elsewhere", "device": "auto"}
-    path.write_text(json.dumps(json.loads(path.read_text()) | own))
-    cfg = config.parse(["--resume", "--out", str(damaged)])
-    assert (cfg.evaluate, cfg.resume, cfg.out) == (None, True, str(damaged))
-    cfg = config.parse(["--evaluate", f"{damaged}/checkpoint.pt", "--device", "cpu"])
-    assert (cfg.resume, cfg.out, cfg.device) == (False, str(damaged), "cpu")
-
-
-def edit_row(text, number, **changes):
-    rows = [json.loads(line) for line in text.splitlines()]
-    rows[number] |= changes
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-NO_LOGS = {
-    "a blank row first": lambda text: b"\n" + text,
-    "a blank row last": lambda text: text + b"\n",
-    "blank rows between": lambda text: text.replace(b"\n", b"\n\n"),
-    "the first byte lost": lambda text: text[1:],
-    "a row of zeros": lambda text: bytes(100) + b"\n" + text,
-    "a row twice": lambda text: text.splitlines(keepends=True)[0] + text,
-    "all rows twice": lambda text: text + text,
-    "a row lost": lambda text: b"".join(text.splitlines(keepends=True)[1:]),
-    "half a row between": lambda text: text[:40] + b"\n" + text,
-    "a list": lambda text: b"[]\n" + text,
-    "null": lambda text: b"null\n",
-    "no UTF-8": lambda text: b"\xc3\x28\n" + text,
-    "deep": lambda text: b"[" * 10**5 + b"\n",
-    "a text for a number": lambda text: edit_row(text, 0, entropy="x"),
-    "a list for a number": lambda text: edit_row(text, 1, loss=[0.5]),
-    "true for a number": lambda text: edit_row(text, 1, success=True),
-    "nan": lambda text: edit_row(text, 0, iid_success=float("nan")),
-    "infinity": lambda text: edit_row(text, 2, kl=float("inf")),
-    "a number without end": lambda text: edit_row(text, 2, turns=10**400),
-    "a list for an object": lambda text: edit_row(text, 0, iid_by_task=[0.5]),
-    "a text in an object": lambda text: edit_row(text, 0, ood_by_task={"short": "x"}),
-    "a number for a list": lambda text: edit_row(text, 0, entropy_by_turn=0.5),
-}
-
-
-@pytest.mark.parametrize("damage", NO_LOGS)
-def test_a_damaged_log_is_one_line_for_every_program(damage, damaged):
-    path = damaged / "log.jsonl"
-    path.write_bytes(NO_LOGS[damage](path.read_bytes()))
-    before = contents(damaged)
-    says = f"{path} cannot be read (line "
-    refuses(train, "--resume", "--out", damaged, says=says)
-    refuses(plot, damaged, "--out", damaged, says=says)
-    refuses(sweep, *sweep_over(damaged), says=says)
-    assert contents(damaged) == before
-
-
-@pytest.mark.parametrize("rows", [None, 0, 1, 3, 6])
-def test_a_log_of_another_length_than_the_checkpoint_is_refused_and_not_shortened(rows, damaged):
-    path = damaged / "log.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    lines += [json.dumps({"step": step}).encode() + b"\n" for step in (4, 5)]
-    path.unlink()
-    if rows is not None:
-        path.write_bytes(b"".join(lines[:rows]))
-    before = contents(damaged)
-    says = f"{path} cannot be read (it has {rows or 0} rows, but the checkpoint goes on at step 4)"
-    refuses(train, "--resume", "--out", damaged, says=says)
-    assert contents(damaged) == before
-
-
-def state_of(path, **changes):
-    torch.save(torch.load(path) | changes, path)
-
-
-def write(data):
-    return lambda path: path.write_bytes(data)
+def row(**new):
+    """The last one of two values of a name counts."""
+    return edit(lambda text: text.replace(b"}\n", f", {json.dumps(new)[1:]}\n".encode(), 1))
 
 
 PICKLE = b"\x80\x02cos\nsystem\n(S'touch PWNED'\ntR."
-NO_CHECKPOINTS = {
-    "missing": lambda path: path.unlink(),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "of zero bytes": write(b""),
-    "of one byte": write(b"x"),
-    "text": write(b"checkpoint\n"),
-    "a ZIP's head": write(b"PK\x03\x04"),
-    "a program": write(PICKLE),
-    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "without its last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
-    "without its head": lambda path: path.write_bytes(path.read_bytes()[5000:]),
-    "a number": lambda path: torch.save(5, path),
-    "nothing": lambda path: torch.save(None, path),
-    "a list": lambda path: torch.save([], path),
-    "an empty object": lambda path: torch.save({}, path),
-    "another program's": lambda path: torch.save({"step": 1, "model": {}}, path),
-    "with a text for the step": lambda path: state_of(path, step="x"),
-    "with a list for the model": lambda path: state_of(path, model=[]),
-    "with a history of texts": lambda path: state_of(path, history=["x"]),
-    "with an empty optimizer": lambda path: state_of(path, optimizer={}),
-    "with an odd optimizer": lambda path: state_of(path, optimizer={"param_groups": 5, "state": 5}),
-    "with a critic": lambda path: state_of(path, critic={}),
-}
+GARBAGE = [b"", b"x", b"null", b"[]", b"5", b'"grpo"', b"{}", b'{"env": ', b"[" * 10**5]
+GARBAGE += [bytes(4096), b"\xff\xfe\x00", b"PK\x03\x04", PICKLE]
+CONFIG = b'{"env": "keyquest", "model": "tiny", "algo": "grpo"'
+CONFIGS = [*map(put, GARBAGE), put(CONFIG + b"}"), put(CONFIG + b', "steps": null}')]
+CONFIGS += [setting(env=5)]
+LOGS = [put(data + b"\n") for data in GARBAGE]
+LOGS += [row(entropy="x"), row(success=True), row(kl=float("inf"))]
+LOGS += [row(iid_success=float("nan")), row(turns=10**400), row(ood_by_task={"short": "x"})]
+LOGS += [
+    edit(lambda text: b"\n" + text),
+    edit(lambda text: text + b"\n"),
+    edit(lambda text: text[1:]),
+    edit(lambda text: bytes(100) + b"\n" + text),
+    edit(lambda text: text[:40] + b"\n" + text),
+    # a row twice, and a row less
+    edit(lambda text: text[: text.index(b"\n") + 1] + text),
+    edit(lambda text: text[text.index(b"\n") + 1 :]),
+]
+CHECKPOINTS = [*map(put, GARBAGE), tensors(5), tensors([]), tensors({"step": 1, "model": {}})]
+CHECKPOINTS += [state(step="x"), state(model=[]), lambda path: (path.unlink(), path.mkdir())]
+CHECKPOINTS += [edit(lambda data: data[: len(data) // 2]), edit(lambda data: data[:-1])]
+DAMAGES = {"config.json": CONFIGS, "log.jsonl": LOGS, "checkpoint.pt": CHECKPOINTS}
+NO_CONFIG, NO_CHECKPOINT = "config.json cannot be read (", "checkpoint.pt cannot be read ("
+NOT_THESE = "the checkpoint's parameters are not this model's"
+ROWS = "log.jsonl cannot be read (it has {} rows, but the checkpoint goes on at step {})"
+BAD_SETTINGS = dict(algo="EPO", env="x", turns=[4], steps=0, lr="high", seed=10**400, out=5)
+BAD_SETTINGS |= dict(gamma=10**400, clip=float("nan"))
+# files that can be read, and are not of this run
 OTHERS = {
-    "of a later step": {"step": 99},
-    "of a step before the first": {"step": -5},
-    "with no parameters": {"model": {}},
-    "with a number for a parameter": {"model": {"model.norm.weight": 5}},
+    "config.json": [
+        *((setting(**{name: v}), f"{NO_CONFIG}--{name}") for name, v in BAD_SETTINGS.items()),
+        (setting(steps=True), f"{NO_CONFIG}its steps"),
+        (setting(**{"colour\n": "red"}), rf"{NO_CONFIG}'colour\n' is no"),
+        (setting(algo="ppo"), f"{NO_CHECKPOINT}it is not of --algo ppo"),
+        (setting(model=f"{ROOT}/models/scienceworld"), NOT_THESE),
+        (setting(model="no/such"), "model 'no/such'"),
+        (setting(lora_rank=2), NOT_THESE),
+        (setting(device="cuda"), "--device cuda"),
+        (Path.unlink, "has no config.json"),
+    ],
+    "log.jsonl": [
+        (Path.unlink, ROWS.format(0, 4)),
+        (edit(lambda text: text[:-1]), ROWS.format(3, 4)),
+        (edit(lambda text: text + b'{"step": 4}\n{"step": 5}\n'), ROWS.format(6, 4)),
+    ],
+    "checkpoint.pt": [
+        (Path.unlink, "is missing, but there is a log of several steps"),
+        (state(history=["x"]), NO_CHECKPOINT),
+        (state(optimizer={}), NO_CHECKPOINT),
+        (state(optimizer={"param_groups": 5, "state": 5}), NO_CHECKPOINT),
+        (state(critic={}), f"{NO_CHECKPOINT}it is not of --algo grpo"),
+        (state(step=99), ROWS.format(4, 99)),
+        (state(step=-5), NO_CHECKPOINT),
+        (state(model={}), NOT_THESE),
+        (state(model={"model.norm.weight": 5}), NOT_THESE),
+    ],
+    "ppo/checkpoint.pt": [(state(critic={}), NOT_THESE)],
 }
+EACH_DAMAGE = [(name, do, None) for name, table in DAMAGES.items() for do in table]
+EACH_DAMAGE += [(name, *other) for name, table in OTHERS.items() for other in table]
 
 
-@pytest.mark.parametrize("damage", NO_CHECKPOINTS)
-def test_a_damaged_checkpoint_is_one_line(damage, damaged, monkeypatch):
-    path = damaged / "checkpoint.pt"
-    NO_CHECKPOINTS[damage](path)
-    monkeypatch.chdir(damaged)
-    before = contents(damaged)
-    missing = damage == "missing"
-    says = f"{path} is missing, but" if missing else f"{path} cannot be read ("
-    refuses(train, "--resume", "--out", damaged, says=says)
-    assert contents(damaged) == before
+@pytest.mark.parametrize("name, do, says", EACH_DAMAGE)
+def test_a_damaged_file_is_one_line(name, do, says, finished, tmp_path, monkeypatch):
+    algo, _, name = name.rpartition("/")
+    run = shutil.copytree(finished[algo or "grpo"], tmp_path / "run")
+    do(run / name)
+    monkeypatch.chdir(run)
+    before = contents(run)
+    where = "(line " if name == "log.jsonl" else "("
+    refuses(train, "--resume", "--out", run, says=says or f"{run / name} cannot be read {where}")
+    if not says and name != "log.jsonl":
+        refuses(train, "--evaluate", run / "checkpoint.pt", says=f"{run / name} cannot be read (")
+    if not says and name != "checkpoint.pt":
+        refuses(plot, run, "--out", run, says=f"{run / name} cannot be read {where}")
+    assert contents(run) == before
 
 
-@pytest.mark.parametrize("change", OTHERS)
-def test_a_checkpoint_of_another_run_is_one_line(change, damaged):
-    state_of(damaged / "checkpoint.pt", **OTHERS[change])
-    before = contents(damaged)
-    says = "the checkpoint's parameters" if "model" in OTHERS[change] else "log.jsonl cannot"
-    refuses(train, "--resume", "--out", damaged, says=says)
-    assert contents(damaged) == before
-
-
-def test_a_critic_that_is_not_there_is_one_line(finished, tmp_path):
-    folder = shutil.copytree(finished["ppo"], tmp_path / "ppo")
-    state_of(folder / "checkpoint.pt", critic={})
-    refuses(train, "--resume", "--out", folder, says="the checkpoint's parameters")
-    state = torch.load(folder / "checkpoint.pt")
-    del state["critic"]
-    torch.save(state, folder / "checkpoint.pt")
-    refuses(train, "--resume", "--out", folder, says="not of --algo ppo")
+def test_what_to_do_is_never_read_from_a_file(finished, tmp_path):
+    run = shutil.copytree(finished["grpo"], tmp_path / "run")
+    own = {"evaluate": "no/such.pt", "resume": True, "out": "elsewhere", "device": "auto"}
+    setting(**own)(run / "config.json")
+    cfg = config.decide({"resume": True, "out": str(run)})
+    assert (cfg.evaluate, cfg.resume, cfg.out) == (None, True, str(run))
+    cfg = config.decide({"evaluate": f"{run}/checkpoint.pt", "device": "cpu"})
+    assert (cfg.resume, cfg.out, cfg.device) == (False, str(run), "cpu")
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=4,
+)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
+NAMES = st.sampled_from(sorted(HINTS.keys() - {"resume", "device"}))
+METRICS = "entropy iid_success iid_by_task ood_by_task ood_success entropy_by_turn kl x".split()
+ROW = st.dictionaries(st.sampled_from(METRICS), JSON | st.lists(st.floats()))
+
+
+lines = lambda rows: "".join(json.dumps(r | {"step": k}) + "\n" for k, r in enumerate(rows))
+splice = lambda data, place, n: edit(lambda b: b[: place % len(b)] + data + b[place % len(b) + n :])
+# the file, what is done to it, and more flags
+ANYTHING = st.one_of(
+    st.builds(lambda name, text: ("tasks.json", edit(bytes), f"--{name}={text}"), NAMES, TEXT),
+    st.builds(lambda name, value: ("config.json", setting(**{name: value})), NAMES, JSON),
+    st.builds(lambda rows: ("log.jsonl", put(lines(rows).encode())), st.lists(ROW, max_size=4)),
+    st.tuples(
+        st.sampled_from(sorted(DAMAGES)),
+        st.builds(splice, st.binary(max_size=30), st.integers(0), st.integers(0, 10**5)),
+    ),
 )
 
 
@@ -484,183 +336,142 @@ def spare(finished, tmp_path_factory):
     return shutil.copytree(finished["grpo"], tmp_path_factory.mktemp("spare") / "run")
 
 
-@settings(max_examples=150)
-@given(st.sampled_from(sorted(FIELDS)), JSON)
-def test_any_value_of_any_setting_is_read_or_one_line(spare, finished, name, value):
-    saved = json.loads((finished["grpo"] / "config.json").read_text())
-    (spare / "config.json").write_text(json.dumps(saved | {name: value}))
+@settings(max_examples=300)
+@given(ANYTHING)
+def test_anything_in_a_flag_or_a_file_is_read_or_one_line(spare, finished, anything):
+    name, do, *flags = anything
+    do(spare / name)
+    for use in (
+        lambda: config.decide(config.parse_flags([*(flags or ["--resume"]), f"--out={spare}"])),
+        lambda: report.last_line(summary(read_log(spare), 2)),
+        lambda: plot.load(spare),
+        lambda: load_checkpoint(spare / "checkpoint.pt"),
+    ):
+        error = io.StringIO()
+        with redirect_stdout(io.StringIO()), redirect_stderr(error):
+            try:
+                use()
+            except SetupError as stop:
+                assert "\n" not in str(stop)
+            except SystemExit as stop:
+                assert (stop.code, error.getvalue().count("\n")) == (2, 1)
+    shutil.copy(finished["grpo"] / name, spare)
+
+
+# ---- stops, kills, two processes on a folder, a full disk
+
+
+class Killed(BaseException):
+    """As kill -9: nothing catches it."""
+
+
+ENDS = [("grpo", Killed()), ("ppo", Killed()), ("grpo", OSError(28, "No space left on device"))]
+
+
+@pytest.mark.parametrize("algo, end", ENDS)
+def test_a_run_that_ends_at_each_of_its_writes_goes_on(algo, end, tmp_path, finished, monkeypatch):
+    """Its first life ends before a file is on the disk, the next one a file later, and so on."""
+    out, fsync, writes = tmp_path / "run", os.fsync, []
+
+    def fsync_or_end(file):
+        if len(writes) == life:
+            raise end
+        writes.append(file)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", fsync_or_end)
+    for life in range(100):
+        begun = (out / "config.json").exists()
+        flags = ["--resume"] if begun else [*SMALL, "--algo", algo]
+        writes.clear()
+        with suppress(Killed):
+            status, _, error = call(train, *flags, "--out", out)
+            if status == 0:
+                break
+            assert error.startswith(f"train.py: could not write {out}") and "\n" not in error
+            assert not list(out.rglob("*.new"))
+        if begun:
+            with open(out / "log.jsonl", "a") as log:
+                log.write('{"step": 1, "rew')
+    assert life > 5
+    assert log_of(out) == log_of(finished[algo])
+
+
+def test_what_cannot_be_written_is_one_line_and_the_old_file_stays(tmp_path):
+    path, limit = tmp_path / "checkpoint.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text("old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
-        with redirect_stdout(io.StringIO()):
-            cfg = config.parse(["--resume", "--out", str(spare)])
-    except SetupError as error:
-        assert "\n" not in str(error)
-    else:
-        config.check(cfg)
-    with suppress(SetupError):
-        plot.load(spare)
+        # torch.save makes it an error of its own
+        with pytest.raises(SetupError, match="could not write .*checkpoint.pt .File too large"):
+            run_folder.save_tensors(str(path), torch.zeros(100_000))
+        with pytest.raises(SetupError, match="could not write .*log.jsonl .File too large"):
+            run_folder.append_row(tmp_path, {"step": 0, "entropy_by_turn": [0.5] * 10_000})
+        with pytest.raises(SetupError, match="step 0: value_loss is not a finite number"):
+            run_folder.append_row(tmp_path, {"step": 0, "value_loss": float("inf")})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_text() == "old"
+    assert read_log(tmp_path) == []
 
 
-def use_log(folder):
-    """Read a log as every program does. A SetupError must be one line."""
-    try:
-        rows = read_log(folder)
-        report.summary(rows, 2)
-        report.last_line(rows)
-        plot.load(folder)
-    except SetupError as error:
-        assert "\n" not in str(error)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_one_line_and_the_run_goes_on(number, tmp_path, finished, monkeypatch):
+    monkeypatch.setattr(report, "print_step", lambda *_: signal.raise_signal(number))
+    refuses(train, *SMALL, "--out", tmp_path, says="stopped; --resume")
+    monkeypatch.undo()
+    assert call(train, "--resume", "--out", tmp_path)[0] == 0
+    assert log_of(tmp_path) == log_of(finished["grpo"])
 
 
-@settings(max_examples=150)
-@given(st.binary(max_size=30), st.integers(0, 10**5), st.integers(0, 200))
-def test_any_bytes_in_a_log_are_read_or_one_line(spare, finished, data, place, length):
-    shutil.copy(finished["grpo"] / "config.json", spare)
-    text = (finished["grpo"] / "log.jsonl").read_bytes()
-    place %= len(text)
-    (spare / "log.jsonl").write_bytes(text[:place] + data + text[place + length :])
-    use_log(spare)
-    (spare / "log.jsonl").write_bytes(data)
-    use_log(spare)
-
-
-METRICS = "entropy iid_success iid_by_task ood_by_task ood_success entropy_by_turn kl x".split()
-NUMBERS = st.none() | st.integers() | st.floats()
-VALUES = JSON | NUMBERS | st.lists(NUMBERS) | st.dictionaries(st.text(), NUMBERS)
-
-
-@settings(max_examples=150)
-@given(st.lists(st.dictionaries(st.sampled_from(METRICS), VALUES), max_size=4))
-def test_any_rows_of_a_log_are_read_or_one_line(spare, finished, rows):
-    shutil.copy(finished["grpo"] / "config.json", spare)
-    rows = [row | {"step": step} for step, row in enumerate(rows)]
-    (spare / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    use_log(spare)
-
-
-@settings(max_examples=60)
-@given(st.binary(max_size=30), st.integers(0, 10**7), st.booleans())
-def test_any_bytes_in_a_checkpoint_are_read_or_one_line(spare, finished, data, place, whole):
-    text = (finished["grpo"] / "checkpoint.pt").read_bytes()
-    place %= len(text)
-    rest = text[place + len(data) :] if whole else b""
-    (spare / "checkpoint.pt").write_bytes(text[:place] + data + rest)
-    try:
-        load_checkpoint(str(spare / "checkpoint.pt"))
-    except SetupError as error:
-        assert "\n" not in str(error)
-
-
-# ---- two processes on a folder, and a full disk
-
-
-def test_the_second_process_on_a_folder_is_refused_and_loses_nothing(tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, ROOT / "train.py", *SMALL, "--steps", "100000", "--out", out]
+def test_the_second_process_on_a_folder_is_refused(tmp_path):
+    out, says = tmp_path / "run", "another process is writing to"
+    command = [sys.executable, ROOT / "train.py", *SMALL, "--steps", "500", "--out", out]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert any(line.startswith("step   0") for line in first.stdout)
-        says = f"another process is writing to {out}"
-        refuses(train, "--resume", "--out", out, says=says)
+        first.send_signal(signal.SIGSTOP)
+        refuses(train, "--resume", "--out", out, says=f"{says} {out}")
         refuses(train, *SMALL, "--out", out, says="exists already")
         # to read is allowed
         assert call(train, "--evaluate", out / "checkpoint.pt")[0] == 0
-        assert any(line.startswith("step   2") for line in first.stdout)
     finally:
-        first.terminate()
-        first.stdout.read()
-        first.stdout.close()
-    assert first.wait() == 1
-    steps = [row["step"] for row in read_log(out)]
-    assert steps == list(range(len(steps)))
-    # the lock ends with its process
+        first.kill()
+        first.communicate()
+    # the lock ended with its process
     with locked(out):
-        refuses(train, "--resume", "--out", out, says=says)
-    train_on = config.parse(["--resume", "--out", str(out)])
-    assert train_on.steps == 100000
+        refuses(train, "--resume", "--out", out, says=f"{says} {out}")
 
 
-def test_of_two_that_begin_at_once_the_second_overwrites_nothing(tmp_path):
-    """It parsed its flags while the folder was still new."""
-    cfg = config.parse([*SMALL, "--out", str(tmp_path / "run")])
-    assert call(train, *SMALL, "--out", cfg.out)[0] == 0
-    before = contents(cfg.out)
-    with redirect_stdout(io.StringIO()), pytest.raises(SetupError, match="choose another folder"):
-        train.train(cfg)
-    assert contents(cfg.out) == before
+def test_of_two_that_begin_at_once_the_second_overwrites_nothing(tmp_path, monkeypatch):
+    """The first one begins and ends while the second one loads its model."""
+    flags, load, before = [*SMALL, "--out", tmp_path / "run"], train.load_policy, {}
+
+    def load_late(*arguments):
+        monkeypatch.undo()
+        assert call(train, *flags)[0] == 0
+        before.update(contents(tmp_path))
+        return load(*arguments)
+
+    monkeypatch.setattr(train, "load_policy", load_late)
+    refuses(train, *flags, says="run exists already")
+    assert before and contents(tmp_path) == before
 
 
-def test_a_run_that_harass_kills_ends_with_the_log_of_an_undisturbed_one(tmp_path, finished):
-    flags = " ".join(SMALL)
-    results = harass.killed(str(tmp_path / "run"), flags, 1, random.Random(1), 0.1)
-    assert [log for log, _ in results] == [without_clock(finished["grpo"])] * len(results)
+# At this rate the weights are finite after the first update, and their products are not, on any
+# processor. The second update of the step sees it; if there is none, the next rollout.
+DIVERGED = {2: "the loss or its gradient is not finite", 1: "the policy's logits are not finite"}
 
 
-def test_a_folder_killed_before_its_config_is_new(tmp_path, finished):
-    (tmp_path / "transcripts").mkdir()
-    for name in ("lock", "tasks.json", "config.json.new"):
-        (tmp_path / name).touch()
-    refuses(train, "--resume", "--out", tmp_path, says="has no config.json")
-    assert call(train, *SMALL, "--out", tmp_path)[0] == 0
-    assert without_clock(tmp_path) == without_clock(finished["grpo"])
-
-
-@pytest.fixture
-def largest_file():
-    """largest_file(n): what is written beyond n bytes of a file fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize(
-    "file, room", {"tasks.json": 10, "config.json": 600, "checkpoint.pt": 30_000}.items()
-)
-def test_a_disk_that_is_full_at_a_file_is_one_line(file, room, tmp_path, finished, largest_file):
-    out = tmp_path / "run"
-    largest_file(room)
-    refuses(train, *SMALL, "--out", out, says=f"could not write {out}/{file} (File too large)")
-    largest_file(resource.RLIM_INFINITY)
-    assert not list(out.rglob("*.new"))
-    again = ["--resume"] if file == "checkpoint.pt" else SMALL
-    assert call(train, *again, "--out", out)[0] == 0
-    assert without_clock(out) == without_clock(finished["grpo"])
-
-
-def test_a_disk_that_is_full_at_a_row_is_one_line(tmp_path, finished, largest_file, monkeypatch):
-    """Half of the row of step 2 is written."""
-    out, append_row = tmp_path / "run", run_folder.append_row
-
-    def append_on_a_full_disk(folder, row):
-        log = Path(folder, "log.jsonl")
-        if row["step"] == 2:
-            largest_file(log.stat().st_size + 100)
-        try:
-            append_row(folder, row)
-        finally:
-            largest_file(resource.RLIM_INFINITY)
-
-    monkeypatch.setattr(run_folder, "append_row", append_on_a_full_disk)
-    refuses(train, *SMALL, "--out", out, says=f"could not write {out}/log.jsonl (File too large)")
-    monkeypatch.undo()
-    assert (out / "log.jsonl").read_bytes().count(b"\n") == 2
-    assert not (out / "log.jsonl").read_bytes().endswith(b"\n")
-    assert call(train, "--resume", "--out", out)[0] == 0
-    assert without_clock(out) == without_clock(finished["grpo"])
-
-
-def test_a_row_that_is_not_finite_is_one_line_and_not_written(tmp_path):
-    with pytest.raises(SetupError, match="step 3: value_loss is not a finite number"):
-        run_folder.append_row(tmp_path, {"step": 3, "value_loss": float("inf")})
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_policy_that_diverged_is_one_line_also_when_resumed(tmp_path):
-    """Its loss and its weights are finite still, and the products of its weights are not."""
-    out = tmp_path / "diverged"
-    flags = [*SMALL, "--lr", "1e6", "--warmup", "0", "--reward", "score", "--out", out]
-    lower = "it has diverged; begin a new run with a lower --lr"
-    refuses(train, *flags, says=lower)
-    refuses(train, "--resume", "--out", out, says=lower)
+@pytest.mark.parametrize("minibatches", DIVERGED)
+def test_a_policy_that_diverged_is_one_line_also_when_resumed(minibatches, tmp_path):
+    flags = f"--lr 1e12 --warmup 0 --reward score --minibatches {minibatches}".split()
+    refuses(train, *SMALL, *flags, "--out", tmp_path, says=DIVERGED[minibatches])
+    refuses(train, "--resume", "--out", tmp_path, says="a lower --lr")
+    if minibatches == 2:
+        saved = torch.load(tmp_path / "bad-batch.pt")
+        tokens = sum(len(turn["response"]) for turn in saved["turns"])
+        assert len(saved["advantages"]) == tokens > 0
 
 
 # ---- hostile folders and games
@@ -673,52 +484,34 @@ def test_the_code_in_a_model_folder_never_runs(model_type, tmp_path, monkeypatch
     (folder / "hostile.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')\n")
     names = {"AutoConfig": "A", "AutoModelForCausalLM": "B", "AutoTokenizer": ["C", None]}
     code = {name: f"hostile.{value}" for name, value in names.items()}
-    for name in ("config.json", "tokenizer_config.json"):
-        changes = {"auto_map": code, "tokenizer_class": "C"}
-        if name == "config.json":
-            changes = {"auto_map": code, "model_type": model_type}
-        path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    setting(auto_map=code, model_type=model_type)(folder / "config.json")
+    setting(auto_map=code, tokenizer_class="C")(folder / "tokenizer_config.json")
     (folder / "pytorch_model.bin").write_bytes(PICKLE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n" * 100))
-    with suppress(SetupError):
-        load_policy(str(folder), "keyquest")
-    with suppress(SetupError):
-        sweep.refuse_other_settings(config.Config(env="keyquest", model=str(folder), lr=1.0), {})
+    for look in (asked_for, load_policy):
+        with suppress(SetupError):
+            look(str(folder), "keyquest")
     (folder / "model.safetensors").unlink()
     with pytest.raises(SetupError, match="cannot be loaded"):
         load_policy(str(folder), "keyquest")
     assert not list(tmp_path.glob("PWNED"))
 
 
-PROGRAMS = (
-    "open('PWNED', 'w')",
-    "__import__('os').system('touch PWNED')",
-    "().__class__.__base__.__subclasses__()",
-    "r.__class__",
-    "r.name.__class__",
-    "[x for x in (1,)]",
-    "(lambda: 1)()",
-    "r.name if r else o",
-    "f'{r.name}'",
-    "r.name * 10 ** 9",
-    "r['name']",
-    "(r := o)",
-    "r.name.upper()",
-    "not r",
-    "r and o",
-    "",
-    "r.name; o",
-)
+PROGRAMS = """
+open('PWNED', 'w')|__import__('os').system('touch PWNED')|().__class__.__base__.__subclasses__()
+r.__class__|r.name.__class__|[x for x in (1,)]|(lambda: 1)()|r.name if r else o|f'{r.name}'
+r.name * 10 ** 9|r['name']|(r := o)|r.name.upper()|not r|r and o||r.name; o
+"""
 
 
-@pytest.mark.parametrize("text", PROGRAMS)
+@pytest.mark.parametrize("text", rows_of(PROGRAMS))
 def test_a_program_in_a_grammar_is_refused(text):
     with pytest.raises((ValueError, SyntaxError)):
         compile_expression(text)
 
 
+@needs_alfworld
 def test_a_crafted_game_runs_no_code(tmp_path, monkeypatch):
     kind, marker = "look_at_obj_in_light", tmp_path / "PWNED"
     game = generate("train", kind, 0)
@@ -730,7 +523,7 @@ def test_a_crafted_game_runs_no_code(tmp_path, monkeypatch):
         (folder / name).mkdir(parents=True)
         (folder / name / "game.tw-pddl").write_text(json.dumps(data))
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
-    with envs.ALFWorld((kind,), workers=1) as world:
+    with ALFWorld((kind,), workers=1) as world:
         bad, good = world.tasks("ood")
         with pytest.raises(SetupError, match="can't be played .*its grammar has code in it"):
             world.reset([bad])
@@ -740,28 +533,46 @@ def test_a_crafted_game_runs_no_code(tmp_path, monkeypatch):
 
 # ---- simulators
 
+ALFWORLD = "--env alfworld --games generated --tasks look_at_obj_in_light"
+ENVS = ["--env scienceworld --tasks find-plant", pytest.param(ALFWORLD, marks=needs_alfworld)]
+
+
+@pytest.mark.parametrize("flags", ENVS)
+def test_a_simulator_killed_from_outside_does_not_end_a_run(flags, tmp_path, monkeypatch):
+    """In the first turn of the first step, in which it plays two of the four episodes."""
+    before, step, victims = children(), World.step, []
+
+    def killing_step(world, actions):
+        if len(actions) == 4 and not victims:
+            victims.append(min(children() - before))
+            os.kill(victims[0], signal.SIGKILL)
+        return step(world, actions)
+
+    monkeypatch.setattr(World, "step", killing_step)
+    # two simulators
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    status, _, error = call(train, *SMALL, *flags.split(), "--steps", 2, "--out", tmp_path)
+    assert status == 0, error
+    first, second, last = read_log(tmp_path)
+    assert first["lost"] in (1, 2)
+    assert first["lost"] + first["episodes"] == second["episodes"] == 4
+    assert (second["lost"], last["iid_lost"]) == (0, 0)
+
 
 @pytest.fixture(scope="module")
 def world():
-    with envs.ScienceWorld(("find-plant",), jvms=1) as world:
+    with ScienceWorld(("find-plant",), jvms=1) as world:
         yield world
-
-
-def goals(observations):
-    """What stays the same in another process: it puts things in an order of its own."""
-    return [now and now.goal for now in observations]
 
 
 def test_a_stranger_at_the_simulators_port_is_refused_and_the_world_plays_on(world):
     from py4j.java_gateway import GatewayParameters, JavaGateway
     from py4j.protocol import Py4JError
 
-    (jvm,) = world.simulators.jvms
+    (jvm,), before = world.simulators.jvms, world.reset(world.tasks("train")[:1])
     ours = jvm.gateway.gateway_parameters
-    tasks = world.tasks("train")[:1]
-    before = goals(world.reset(tasks))
     for token in (None, "", "guess", ours.auth_token[:-1] + "!"):
-        parameters = GatewayParameters(port=ours.port, auth_token=token, read_timeout=60)
+        parameters = GatewayParameters(port=ours.port, auth_token=token)
         stranger = JavaGateway(gateway_parameters=parameters)
         with pytest.raises(Py4JError, match="(?i)authenticat"):
             stranger.jvm.java.lang.Runtime.getRuntime()
@@ -771,73 +582,62 @@ def test_a_stranger_at_the_simulators_port_is_refused_and_the_world_plays_on(wor
     # another user can read a command line
     assert ours.auth_token not in Path(f"/proc/{jvm.process.pid}/cmdline").read_text()
     assert world.step({0: "look around"})[0].reply
-    assert goals(world.reset(tasks)) == before
-
-
-def test_a_simulator_that_dies_while_tasks_are_listed_is_replaced(world, caplog):
-    (jvm,) = world.simulators.jvms
-    tasks, ask = world.tasks("iid"), jvm.strings
-    victims = [jvm.process]
-
-    def ask_the_dead(java_list):
-        if victims:
-            victims.pop().kill()
-        return ask(java_list)
-
-    jvm.strings = ask_the_dead
-    assert world.tasks("iid") == tasks
-    del jvm.strings
-    assert not victims
-    assert caplog.records == []
-
-
-def test_an_evaluation_that_was_lost_is_no_failure(world, caplog):
-    (jvm,) = world.simulators.jvms
-    policy, step = load_policy("tiny", "scienceworld"), world.step
-    tasks = {split: world.tasks(split)[:2] for split in ("iid", "ood")}
-    cfg = config.Config(evaluate="checkpoint.pt", turns=2, max_tokens=8)
-
-    def step_of_the_dead(actions):
-        jvm.process.kill()
-        return step(actions)
-
-    world.step = step_of_the_dead
-    row = train.evaluate(world, policy, tasks, cfg, 5)
-    del world.step
-    assert (row["iid_success"], row["iid_lost"], row["iid_by_task"]) == (None, 2, {})
-    assert (row["ood_success"], row["ood_lost"], row["ood_by_task"]) == (None, 2, {})
-    assert caplog.records == []
-    row |= {"step": 5, "seconds": 1.0}
-    assert "evaluation: IID lost, OOD lost" in report.line(row)
-    # left out of every mean
-    won = {f"{split}_success": 0.5 for split in tasks} | {f"{s}_by_task": {} for s in tasks}
-    numbers = report.summary([won, row], 2)
-    assert [numbers[f"iid_{name}"] for name in ("before", "after", "best", "last")] == [0.5] * 4
-    assert "after IID lost" in report.last_line([row])
-    assert None not in world.reset(tasks["iid"])
+    assert world.reset(world.tasks("train")[:1]) == before
 
 
 def hang(jvm):
-    """Stop a process, and lose patience with it in 2 seconds, not 120 -> the process"""
+    """Stop a process, and lose patience with it in 2 seconds, not 120."""
     for connection in jvm.gateway._gateway_client.deque:
         connection.socket.settimeout(2)
     jvm.gateway.gateway_parameters.read_timeout = 2
     os.kill(jvm.process.pid, signal.SIGSTOP)
-    return jvm.process
 
 
-def test_a_simulator_that_hangs_is_replaced_and_its_episodes_are_lost(world, caplog):
+def test_a_simulator_that_hangs_or_dies_is_replaced(world, caplog):
     (jvm,) = world.simulators.jvms
-    tasks = world.tasks("train")[:6]
-    first, stopped = goals(world.reset(tasks)), hang(jvm)
-    begin = time.perf_counter()
-    # the first episode waits, the others do not wait again
-    assert world.step(dict.fromkeys(range(6), "look around")) == dict.fromkeys(range(6))
-    assert time.perf_counter() - begin < 10
-    assert stopped.poll() == -signal.SIGKILL
+    tasks, lost, lose = world.tasks("train")[:6], [], jvm.lose
+    list_tasks, start = lambda: world.tasks("iid"), lambda: world.reset(tasks)
     # between two steps nothing is lost
-    assert goals(world.reset(tasks)) == first
-    stopped = hang(jvm)
-    assert goals(world.reset(tasks)) == first
-    assert stopped.poll() == -signal.SIGKILL
+    for ask, hurt in ((list_tasks, lambda jvm: jvm.process.kill()), (start, hang)):
+        before, process = ask(), jvm.process
+        hurt(jvm)
+        assert ask() == before
+        assert process.poll() == -signal.SIGKILL
+    # in a step the first episode waits, and the others do not wait again
+    hang(jvm)
+    jvm.lose = lambda slot, error: (lost.append(slot), lose(slot, error))
+    assert world.step(dict.fromkeys(range(6), "look around")) == dict.fromkeys(range(6))
+    del jvm.lose
+    assert lost == [0]
     assert caplog.records == []
+
+
+# ---- at random: python -m pytest -m long
+
+LONG = {"keyquest": "--tasks short --steps 12", "scienceworld": "--tasks find-plant --steps 4"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+@pytest.mark.parametrize("env", LONG)
+def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(env, algo, tmp_path, gone):
+    flags = f"--env {env} --algo {algo} {LONG[env]} --eval-episodes 2 --tasks-per-step 2".split()
+    rng, since = random.Random(0), time.monotonic()
+
+    def begin(name):
+        how = flags if is_new(tmp_path / name) else ["--resume"]
+        command = [sys.executable, ROOT / "train.py", *how, "--out", tmp_path / name]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    assert begin("whole").wait() == 0
+    seconds = time.monotonic() - since
+    for _ in range(7):
+        process = begin("killed")
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0, seconds))
+        simulators = children(process.pid)
+        process.kill()
+        process.wait()
+        assert gone(simulators)
+    assert begin("killed").wait() == 0
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")

@@ -1,6 +1,5 @@
 """The figures: names of groups, what is drawn is what was logged, odd runs, one-line errors."""
 
-import csv
 import json
 import re
 import subprocess
@@ -9,17 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import plot
-from figures.gradient import gradient, slopes
+from figures.gradient import gradient
 from support.run_folder import ROOT
+from tools.study import write_table
 
 CONFIG = {"env": "scienceworld", "model": "tiny", "algo": "grpo", "steps": 4, "lr": 2e-4}
 CONFIG |= {"entropy_coef": 0.001, "smoothing": "hinge", "kappa_l": 0.0, "kappa_r": 2.0}
 CONFIG |= {"alpha": 0.1, "window": None, "seed": 0, "out": "a"}
 PLAIN = {"entropy_coef": 0.0}
 SHARES = [0.75, 0.0, 0.25] + [0.0] * 29
+NAN = np.nan
 
 
 def rows_of(entropies, kappa_l=0.0, kappa_r=2.0, evaluated=(0.25, 0.75), **_):
@@ -27,10 +27,12 @@ def rows_of(entropies, kappa_l=0.0, kappa_r=2.0, evaluated=(0.25, 0.75), **_):
     rows = []
     for step, h in enumerate(entropies):
         row = {"step": step, "success": h / 4, "entropy": h, "kl": 0.02}
-        row |= {"entropy_by_turn": [h, 2 * h][: 2 - step % 2], "entropy_histogram": SHARES}
-        row |= {"first_entropy": 2 * h, "rest_entropy": h / 2}
-        for name, kappa in (("corridor_low", kappa_l), ("corridor_high", kappa_r)):
-            row[name] = kappa * np.mean(entropies[:step]) if step and kappa < np.inf else None
+        row |= {"first_entropy": 2 * h, "rest_entropy": h / 2, "entropy_histogram": SHARES}
+        row |= {"corridor_low": None, "corridor_high": None}
+        if step:
+            past = sum(entropies[:step]) / step
+            row["corridor_low"] = kappa_l * past
+            row["corridor_high"] = kappa_r * past if kappa_r < np.inf else None
         rows.append(row)
     rows.append({"step": len(entropies)})
     for row, iid in zip((rows[0], rows[-1]), evaluated, strict=False):
@@ -49,15 +51,9 @@ def a_run(folder, entropies=(0.2, 0.4, 0.1, 0.3), **changes):
 
 
 def a_study(path, runs, settings):
-    """runs: {(arm, seed): entropies} -> NAME.csv and NAME.json, as tools.study writes them."""
-    names = "step success entropy corridor_low corridor_high entropy_histogram".split()
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["arm", "seed", *names])
-        for key, entropies in runs.items():
-            for row in rows_of(entropies):
-                cells = [json.dumps(row.get(name)) for name in names]
-                table.writerow([*key, *("" if cell == "null" else cell for cell in cells)])
+    """runs: {(arm, seed): entropies} -> NAME.csv and NAME.json"""
+    table = {key: rows_of(entropies) for key, entropies in runs.items()}
+    write_table(str(path.with_suffix("")), table)
     path.with_suffix(".json").write_text(json.dumps({"settings": settings}))
 
 
@@ -77,44 +73,41 @@ def groups_of(*arguments):
     return {text.replace("\xa0", " "): len(runs) for text, runs in groups.items()}
 
 
-EPO, LARGE = "GRPO+EPO", "GRPO+EPO, α 3, λ 0.1 (100 × the paper's)"
-LABELS = [
-    ([{}], [EPO]),
-    ([{"algo": "ppo"}, PLAIN], ["PPO+EPO", "GRPO"]),
-    ([{}, PLAIN, {"smoothing": "off"}], [EPO, "GRPO", "GRPO+EPO-Base"]),
-    ([{}, {"smoothing": "indicator"}], [EPO + ", smoothing hinge", EPO + ", smoothing indicator"]),
-    ([{}, {"lr": 1e-3}], ["GRPO+EPO, lr 0.0002", "GRPO+EPO, lr 0.001"]),
-    ([{}, {"alpha": 3.0, "entropy_coef": 0.1}, PLAIN], ["GRPO+EPO, α 0.1, λ 0.001", LARGE, "GRPO"]),
-    ([{"entropy_coef": 0.02, "smoothing": "off"}], ["GRPO+EPO-Base, λ 0.02 (20 × the paper's)"]),
-    ([{}, {"window": 10}], ["GRPO+EPO", "GRPO+EPO, window 10"]),
-    ([{}, {"model": "a/b"}], ["GRPO+EPO, model tiny", "GRPO+EPO, model a/b"]),
-    ([{}, {"algo": "ppo", "critic_lr": 1}], ["GRPO+EPO", "PPO+EPO"]),
-    # what had no effect makes no group
-    ([{}, {"seed": 1, "out": "b", "lora_rank": 0, "tokens_per_batch": 9}], ["GRPO+EPO"]),
-    ([PLAIN, PLAIN | {"alpha": 1, "smoothing": "off"}], ["GRPO"]),
-]
+# settings of runs, and the labels of their groups; in the last two what differs has no effect
+LABELS = """[{}] | GRPO+EPO
+[{"algo": "ppo"}, {"entropy_coef": 0.0}] | PPO+EPO; GRPO
+[{}, {"entropy_coef": 0.0}, {"smoothing": "off"}] | GRPO+EPO; GRPO; GRPO+EPO-Base
+[{}, {"smoothing": "indicator"}] | GRPO+EPO, smoothing hinge; GRPO+EPO, smoothing indicator
+[{}, {"lr": 1e-3}] | GRPO+EPO, lr 0.0002; GRPO+EPO, lr 0.001
+[{}, {"alpha": 3.0}] | GRPO+EPO, α 0.1; GRPO+EPO, α 3
+[{}, {"entropy_coef": 0.1}] | GRPO+EPO, λ 0.001; GRPO+EPO, λ 0.1 (100 × the paper's)
+[{"entropy_coef": 0.02, "smoothing": "off"}] | GRPO+EPO-Base, λ 0.02 (20 × the paper's)
+[{}, {"window": 10}] | GRPO+EPO; GRPO+EPO, window 10
+[{}, {"model": "a/b"}] | GRPO+EPO, model tiny; GRPO+EPO, model a/b
+[{}, {"algo": "ppo", "critic_lr": 1}] | GRPO+EPO; PPO+EPO
+[{}, {"seed": 1, "out": "b", "lora_rank": 0, "tokens_per_batch": 9}] | GRPO+EPO
+[{"entropy_coef": 0.0}, {"entropy_coef": 0.0, "alpha": 1, "smoothing": "off"}] | GRPO"""
 
 
-@pytest.mark.parametrize("changes, expected", LABELS)
-def test_labels_are_the_papers_and_say_what_differs(tmp_path, changes, expected):
-    runs = [a_run(tmp_path / str(i), **change) for i, change in enumerate(changes)]
-    assert list(groups_of(*runs)) == expected
+@pytest.mark.parametrize("line", LABELS.splitlines())
+def test_labels_are_the_papers_and_say_what_differs(tmp_path, line):
+    changes, labels = line.split(" | ")
+    for i, change in enumerate(json.loads(changes)):
+        a_run(tmp_path / str(i), **change)
+    assert list(groups_of(tmp_path)) == labels.split("; ")
 
 
 def test_a_path_is_a_run_some_runs_or_an_arm_and_can_have_a_label(tmp_path):
-    for name, change in (("runs/a", {}), ("runs/b", {"alpha": 3}), ("lr=1/c", PLAIN)):
-        a_run(tmp_path / name, **change)
-    twice = tmp_path / "lr=1", tmp_path / "lr=1" / "c"
+    a_run(tmp_path / "runs/a")
+    a_run(tmp_path / "runs/b", alpha=3)
+    a_run(tmp_path / "lr=1/c", **PLAIN)
+    twice = tmp_path / "lr=1", tmp_path / "lr=1/c"
     assert groups_of(f"all={tmp_path}/runs", *twice) == {"all": 2, "GRPO": 1}
     file, steps = tmp_path / "s.csv", [0.1, 0.2]
     runs = {("plain", 0): steps, ("plain", 1): steps, ("epo", 0): steps}
     a_study(file, runs, {"plain": CONFIG | PLAIN, "epo": CONFIG})
-    assert groups_of(file) == {"GRPO": 2, EPO: 1}
-    assert groups_of(f"x={file}/plain", f"{file}/epo") == {"x": 2, EPO: 1}
-    study = plot.read_study(file)
-    assert list(study) == list(runs) and study["epo", 0][0] == CONFIG
-    (_, last, end) = study["epo", 0][1]
-    assert last == {name: rows_of(steps)[1][name] for name in last} and end == {"step": 2}
+    assert groups_of(file) == {"GRPO": 2, "GRPO+EPO": 1}
+    assert groups_of(f"x={file}/plain", f"{file}/epo") == {"x": 2, "GRPO+EPO": 1}
 
 
 def test_the_mean_by_hand():
@@ -135,25 +128,30 @@ def two_seeds_and_plain(tmp_path):
 
 def test_the_overview_is_as_logged(tmp_path):
     upper, plain, lower, _ = plot.overview(two_seeds_and_plain(tmp_path)).axes
-    assert upper.get_title() == "GRPO+EPO (n = 2)" and plain.get_title() == "GRPO (n = 1)"
+    assert upper.get_title() == "GRPO+EPO (n = 2)"
+    assert plain.get_title() == "GRPO (n = 1)"
     assert lines_of(upper)["mean entropy of a step"] == pytest.approx([0.3, 0.5, 0.2, 0.4])
-    band = upper.collections[0].get_paths()[0].vertices.round(9).tolist()
-    assert all([step, h] in band for step, h in ((0, 0.2), (0, 0.4), (3, 0.3), (3, 0.5)))
+    band = upper.collections[0].get_paths()[0].vertices.tolist()
+    for corner in ([0, 0.2], [0, 0.4], [3, 0.3], [3, 0.5]):
+        assert corner in band
     # from step 1 on: twice the mean so far, of both seeds; no corridor acts on plain GRPO
-    assert list(upper.lines[2].get_xdata()) == [1, 2, 3] and len(plain.lines) == 1
+    assert upper.lines[2].get_xdata().tolist() == [1, 2, 3]
     assert upper.lines[2].get_ydata() == pytest.approx([0.6, 0.8, 2 / 3])
-    assert lines_of(lower)["success in training"] == pytest.approx([0.075, 0.125, 0.05, 0.1])
-    evaluations = [[y for y in line.get_ydata() if y == y] for line in lower.lines[1:]]
-    assert evaluations == [[0.25, 0.75], [0.125, 0.375]]
-    assert np.flatnonzero(np.isfinite(lower.lines[1].get_ydata())).tolist() == [0, 4]
+    assert len(plain.lines) == 1
+    drawn = lines_of(lower)
+    assert drawn["success in training"] == pytest.approx([0.075, 0.125, 0.05, 0.1])
+    iid, ood = (drawn[f"evaluation on {split} tasks"] for split in ("IID", "OOD"))
+    assert iid == pytest.approx([0.25, NAN, NAN, NAN, 0.75], nan_ok=True)
+    assert ood == pytest.approx([0.125, NAN, NAN, NAN, 0.375], nan_ok=True)
     assert lower.get_title() == "IID 0.75, OOD 0.38"
 
 
 def test_a_floor_no_cap_and_a_lost_evaluation(tmp_path):
     run = a_run(tmp_path / "a", kappa_l=0.5, kappa_r=float("inf"), evaluated=(0.5, None))
     upper, lower = plot.overview(plot.grouped([run])).axes
-    floor, cap = (list(line.get_ydata()) for line in upper.lines[1:])
-    assert floor == pytest.approx([0.1, 0.15, 0.7 / 6]) and cap == []
+    _, floor, cap = (line.get_ydata() for line in upper.lines)
+    assert floor == pytest.approx([0.1, 0.15, 0.7 / 6])
+    assert not len(cap)
     assert lower.get_title() == "IID 0.50, OOD 0.25"
 
 
@@ -161,22 +159,23 @@ def test_tokens_and_columns_are_as_logged(tmp_path):
     groups = two_seeds_and_plain(tmp_path)
     picture, _, means, *_ = plot.tokens(groups).axes
     shares = picture.collections[0].get_array()
-    assert shares.shape == (32, 5) and shares[:, 0].tolist() == SHARES
+    assert shares.shape == (32, 5)
+    assert shares[:, 0].tolist() == SHARES
     # the last row of a log is an evaluation alone
-    assert np.ma.masked_invalid(shares[:, 4]).count() == 0
-    assert [round(y[0], 6) for y in lines_of(means).values()] == [0.6, 0.15]
+    assert np.isnan(shares[:, 4].filled(NAN)).all()
+    first, rest = lines_of(means).values()
+    assert (first[0], rest[0]) == pytest.approx((0.6, 0.15))
     (axis,) = plot.column(groups, "kl").axes
     assert lines_of(axis) == {"GRPO+EPO (n = 2)": [0.02] * 4, "GRPO (n = 1)": [0.02] * 4}
 
 
-@pytest.mark.parametrize("product", (0.2, 2.0))
-def test_the_gradient_figure_by_hand(product):
-    h = torch.tensor([0.2, 1.0, 2.5])
-    expected = [-1 - product, -1, product - 1]
-    assert slopes(h, "hinge", product).tolist() == pytest.approx(expected)
-    assert slopes(h, "indicator", product).tolist() == pytest.approx([-1] * 3)
-    drawn = next(y for text, y in lines_of(gradient().axes[0]).items() if f"= {product:g}$" in text)
-    assert [drawn[i] for i in (0, 1000, -1)] == pytest.approx(expected)
+def test_the_gradient_figure_by_hand():
+    """At entropies of 0, 1 and 3: below the corridor, in it, and above it."""
+    expected = {"= 0.2$": [-1.2, -1, -0.8], "= 2$": [-3, -1, 1], "any": [-1, -1, -1]}
+    drawn = lines_of(gradient().axes[0])
+    for (label, y), (end, slopes) in zip(drawn.items(), expected.items(), strict=False):
+        assert end in label
+        assert [y[0], y[1000], y[3000]] == pytest.approx(slopes)
 
 
 ODD = {
@@ -197,19 +196,20 @@ def test_every_figure_of_odd_runs(tmp_path, monkeypatch, capsys, recwarn, odd):
     out = tmp_path / "out"
     main(monkeypatch, tmp_path / "runs", "--out", out)
     names = plot.OF_MANY if odd == "nine groups" else plot.OF_FEW
-    files = [out / f"{name}.png" for name in names.split(",")]
-    assert capsys.readouterr().out.split() == list(map(str, files))
-    assert sorted(out.iterdir()) == sorted(files) and not list(recwarn)
+    files = [str(out / f"{name}.png") for name in names.split(",")]
+    assert capsys.readouterr().out.split() == files
+    assert sorted(map(str, out.iterdir())) == sorted(files)
+    assert not list(recwarn)
 
 
 @pytest.mark.parametrize("form", ("png", "svg", "pdf"))
 def test_the_same_bytes_every_time(tmp_path, monkeypatch, form):
-    run, out = a_run(tmp_path / "run"), tmp_path / "out"
-    draw = lambda: main(monkeypatch, run, "--out", out, "--format", form, "--draw", "kl")
-    draw()
-    first = (out / f"kl.{form}").read_bytes()
-    draw()
-    assert (out / f"kl.{form}").read_bytes() == first
+    run = a_run(tmp_path / "run")
+    contents = []
+    for _ in range(2):
+        main(monkeypatch, run, "--out", tmp_path, "--format", form, "--draw", "kl")
+        contents.append((tmp_path / f"kl.{form}").read_bytes())
+    assert contents[0] == contents[1]
 
 
 @pytest.fixture

@@ -3,138 +3,145 @@
 What is expected is computed here from what was played, and not by the functions under test.
 """
 
+import itertools
 import json
-from dataclasses import dataclass, field
+import math
 from statistics import fmean as mean
+from typing import NamedTuple
 
 import pytest
 import torch
+from pytest import approx
+from test_faults import call, log_of
 
 import rollout
 import train
-import update
-from config import Config, parse_flags
+from config import Config
 from envs import Task
-from rollout import Episode, Turn, collect
-from support.run_folder import read_log
+from metrics import episode_metrics
+from rollout import Turn, collect
 from worlds.keyquest import KeyQuest
 
 FLAGS = (
     "--env keyquest --tasks short,long --seed 5 --steps 3 --turns 8 --tasks-per-step 4 "
     "--group-size 4 --minibatches 1 --temperature 2 --entropy-coef 0.3 --alpha 2 --kl-coef 0.2 "
-    "--warmup 0 --eval-every 3 --eval-episodes 6"
+    "--warmup 0.5 --eval-every 3 --eval-episodes 6"
 )
 
 
-@dataclass
-class Played:
-    """What the steps of a run did: for each, the tasks, the seeds, the turns of each episode."""
+class Played(NamedTuple):
+    """What a step played."""
 
-    tasks: list = field(default_factory=list)
-    seeds: list = field(default_factory=list)
-    episodes: list = field(default_factory=list)
-    # the rows of the run, and its evaluation tasks
-    log: list = field(default_factory=list)
-    drawn: dict = field(default_factory=dict)
+    tasks: list
+    seeds: tuple
+    episodes: list
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory):
-    out = str(tmp_path_factory.mktemp("wiring") / "run")
-    played = Played()
+def run(tmp_path_factory):
+    """-> what each step played, its log, its folder"""
+    out, played = tmp_path_factory.mktemp("wiring") / "run", []
 
     def keep(world, policy, tasks, *more):
-        generator = more[3]
+        _, temperature, _, generator, _ = more
         seeds = (generator.initial_seed(), torch.initial_seed())
         result = collect(world, policy, tasks, *more)
         # the evaluations play at another temperature
-        if more[1] == 2:
-            played.tasks.append(tasks)
-            played.seeds.append(seeds)
-            played.episodes.append(result[0])
+        if temperature == 2:
+            played.append(Played(tasks, seeds, result[0]))
         return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "collect", keep)
-        train.train(Config(**parse_flags([*FLAGS.split(), "--out", out], None)))
-    played.log = read_log(out)
-    with open(f"{out}/tasks.json") as file:
-        played.drawn = json.load(file)
-    assert len(played.episodes) == 3
-    return played
+        assert call(train, *FLAGS.split(), "--out", out)[0] == 0
+    assert len(played) == 3
+    return played, log_of(out), out
 
 
-def test_each_step_has_tasks_and_chance_of_its_own(played):
-    first, second, third = (set(tasks) for tasks in played.tasks)
+def test_each_step_has_tasks_and_chance_of_its_own(run):
+    played, _, _ = run
+    first, second, third = [set(step.tasks) for step in played]
     assert len(first) == 4
     assert not first & second and not second & third
-    seeds = [seed for of_step in played.seeds for seed in of_step]
-    assert len(set(seeds)) == 3
-    assert all(generator == whole for generator, whole in played.seeds)
-    world = KeyQuest(("short", "long"))
-    of_seed = lambda seed: train.step_tasks(
-        world.tasks("train"), Config(seed=seed, tasks_per_step=4, group_size=4), 0
-    )
-    assert of_seed(5) == played.tasks[0]
-    assert set(of_seed(6)) != first
+    assert all(generator == whole for generator, whole in (step.seeds for step in played))
+    assert len({step.seeds for step in played}) == 3
+    all_tasks = KeyQuest(("short", "long")).tasks("train")
+    of_seed = lambda s: Config(seed=s, tasks_per_step=4, group_size=4)
+    assert train.step_tasks(all_tasks, of_seed(5), 0) == played[0].tasks
+    assert set(train.step_tasks(all_tasks, of_seed(6), 0)) != first
+    uses = itertools.product(map(of_seed, range(3)), range(5), ("train", "iid", "ood"))
+    assert len({train.seed_of(*use) for use in uses}) == 3 * 5 * 3
 
 
-def test_training_plays_train_tasks_and_evaluations_the_same_for_every_seed(played):
-    world = KeyQuest(("short", "long"))
-    assert {task for tasks in played.tasks for task in tasks} <= set(world.tasks("train"))
-    for split, tasks in played.drawn.items():
-        wanted = train.draw(world.tasks(split), 6, 0)
+def test_training_plays_train_tasks_and_evaluations_the_same_for_every_seed(run):
+    (played, _, out), world = run, KeyQuest(("short", "long"))
+    assert {task for step in played for task in step.tasks} <= set(world.tasks("train"))
+    for split, tasks in json.loads((out / "tasks.json").read_text()).items():
+        wanted = train.draw_tasks(world.tasks(split), 6, 0)
         assert [Task(*task) for task in tasks] == wanted
 
 
-def test_entropy_is_eq_2_of_the_policy_that_played(played):
-    for row, episodes in zip(played.log, played.episodes, strict=False):
-        of_episode = lambda episode: mean(mean(turn.entropy) for turn in episode.turns)
-        assert row["entropy"] == pytest.approx(mean(map(of_episode, episodes)), rel=1e-5)
-        assert row["success"] == mean(episode.success for episode in episodes)
-
-
-def test_at_any_temperature_what_is_scored_is_what_was_sampled(played):
-    """Before the first update the ratio is 1 and the reference is the policy."""
-    first = played.log[0]
-    assert first["clip_fraction"] == 0
-    assert abs(first["kl"]) < 1e-9
-    assert first["entropy_loss"] == pytest.approx(first["entropy"], rel=1e-4)
-    assert abs(first["policy_loss"]) < 0.01
-    # the updates in between were large
-    assert played.log[2]["kl"] > 1e-4
-
-
-def test_the_loss_that_is_logged_has_the_beta_that_is_logged(played):
-    for row in played.log[:3]:
+def test_the_log_of_a_run(run):
+    """β_k, the corridor and the loss are those of Eq. 3 to 6."""
+    _, log, _ = run
+    assert [row["step"] for row in log if "iid_success" in row] == [0, 3]
+    assert [row["step"] for row in log if "success" in row] == [0, 1, 2]
+    # Algorithm 1: no reference in step 0, then the mean of the entropies of the steps before
+    numbers = lambda row, *names: [row[name] for name in names]
+    first = numbers(log[0], "history_mean", "smoothing_loss", "net_above_cap", "beta")
+    assert first == [None, 0, 1, 2]
+    for k in (1, 2):
+        # ⌊K / 2⌋ is 1
+        history, beta = mean(row["entropy"] for row in log[:k]), 1 + math.exp(-3 * k)
+        got = numbers(log[k], "history_mean", "corridor_high", "beta", "net_above_cap")
+        # logged numbers have six digits
+        assert got == approx([history, 2 * history, beta, 1 - 2 * beta], rel=5e-6)
+    for row in log[:3]:
         bonus = row["entropy_loss"] - row["beta"] * row["smoothing_loss"]
         loss = row["policy_loss"] - 0.3 * bonus + 0.2 * row["kl"]
-        assert row["loss"] == pytest.approx(loss, abs=1e-5)
-    assert played.log[1]["smoothing_loss"] > 1e-3
-    assert played.log[1]["beta"] != 1
+        assert row["loss"] == approx(loss, abs=1e-5)
+    assert log[1]["smoothing_loss"] > 1e-3
+    # it rises in half of the steps, and falls to a fifth
+    assert [row["lr"] / log[1]["lr"] for row in log[:3]] == approx([0.5, 1, 0.2])
 
 
-def test_a_group_is_of_one_variation_not_of_one_type():
-    tasks = [Task("short", 1)] * 2 + [Task("short", 2)] * 2
-    returns = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.double)
-    episodes = [Episode(task) for task in tasks]
-    # no member of a group did better than another
-    assert train.grpo_advantages(episodes, tasks, returns, Config()).tolist() == [0, 0, 0, 0]
+def test_a_saved_policy_scores_as_at_the_end_of_its_run(run):
+    _, (*_, last), out = run
+    _, printed, _ = call(train, "--evaluate", out / "checkpoint.pt")
+    _, *scores = printed.splitlines()[-1].split()
+    assert scores == [f"{last[name]:.2f}" for name in ("iid_success", "ood_success")]
+    assert "[ood] task " in (out / "transcripts" / "step-0003.txt").read_text("utf-8")
 
 
-def scripted(plan, seen):
-    """In place of the policy: the actions of a plan, one after the other."""
+def test_entropy_is_eq_2_of_the_policy_that_played(run):
+    played, log, _ = run
+    for step, row in zip(played, log, strict=False):
+        of_episode = lambda episode: mean(mean(turn.entropy) for turn in episode.turns)
+        assert row["entropy"] == approx(mean(map(of_episode, step.episodes)), rel=1e-5)
+        assert row["success"] == mean(episode.success for episode in step.episodes)
+
+
+def test_at_any_temperature_what_is_scored_is_what_was_sampled(run):
+    """Before the first update the ratio is 1 and the reference is the policy."""
+    _, (first, _, third, _), _ = run
+    assert first["clip_fraction"] == 0
+    assert first["kl"] == approx(0, abs=1e-8)
+    assert first["entropy_loss"] == approx(first["entropy"], rel=1e-4)
+    # what is left are the penalties of invalid turns, 0.01 each
+    assert first["policy_loss"] == approx(0, abs=0.011)
+    # the updates in between were large
+    assert third["kl"] > 1e-4
+
+
+def play(world, task, plan, monkeypatch):
+    """Play a plan in place of the policy's actions -> the episode, and (past, now) of each turn."""
+    seen = []
 
     def write_turns(world, policy, active, past, now, t, *_):
         seen.append((list(past[0]), now[0]))
         return {slot: Turn(t, [1], [2], [0.0], [0.5], action=plan[t]) for slot in active}
 
-    return write_turns
-
-
-def play(world, task, plan, monkeypatch):
-    seen = []
-    monkeypatch.setattr(rollout, "write_turns", scripted(plan, seen))
+    monkeypatch.setattr(rollout, "write_turns", write_turns)
     (episode,), lost, _ = collect(world, None, [task], len(plan), 1.0, 4)
     assert lost == 0
     return episode, seen
@@ -146,39 +153,21 @@ def test_a_positive_score_at_the_end_is_no_success(monkeypatch):
     task = world.tasks("train")[0]
     world.reset([task])
     game = world.games[0]
-    to_the_coin = "east" if game["coin"] > game["here"] else "west"
-    at_the_coin, _ = play(world, task, [to_the_coin, "take coin"], monkeypatch)
-    assert (at_the_coin.score, at_the_coin.success) == (50, False)
-    at_the_chest, _ = play(world, task, world.gold(task), monkeypatch)
-    assert (at_the_chest.score, at_the_chest.success) == (100, True)
-    row = train.episode_metrics([at_the_coin, at_the_chest], 30)
+    way = "east" if game["coin"] > game["here"] else "west"
+    coin, _ = play(world, task, [way, "take coin"], monkeypatch)
+    assert (coin.score, coin.success) == (50, False)
+    chest, _ = play(world, task, world.gold(task), monkeypatch)
+    assert (chest.score, chest.success) == (100, True)
+    row = episode_metrics([coin, chest], 30)
     assert (row["success"], row["score"]) == (0.5, 75)
 
 
-def test_an_action_that_the_world_does_not_know_is_an_invalid_turn(monkeypatch):
-    world = KeyQuest(("short",))
-    task = world.tasks("train")[0]
-    episode, _ = play(world, task, ["dance", world.gold(task)[0], None], monkeypatch)
-    assert [turn.invalid for turn in episode.turns] == [True, False, True]
-    assert not episode.success
-
-
 def test_the_past_pairs_what_was_seen_with_what_was_done_then(monkeypatch):
+    """And an action that the world does not know, or none, is an invalid turn."""
     world = KeyQuest(("short",))
     task = world.tasks("train")[0]
-    plan = world.gold(task)
-    _, seen = play(world, task, plan, monkeypatch)
-    for t in range(1, len(plan)):
-        past, _ = seen[t]
-        assert past == [(seen[i][1], plan[i]) for i in range(t)]
-
-
-def test_epo_decay_weighs_the_place_of_a_turn_in_its_episode():
-    """Two episodes of one turn each, and one token: index 0 twice, though the turns are 0 and 1."""
-    x = lambda *values: torch.tensor(values)
-    none, entropy, weights = torch.zeros(2), x(1.0, 3.0), x(0.5, 0.5)
-    number = x(0, 1)
-    batch = update.Batch(none, number, number, x(0, 0), none, none, none, weights)
-    cfg = Config(turns=2, entropy_decay=0.5, smoothing="off")
-    _, terms = update.batch_loss(none, entropy, batch, None, None, 2.0, cfg)
-    assert terms["entropy_loss"] == pytest.approx(1.5 * 2.0)
+    plan = ["dance", None, *world.gold(task)]
+    episode, seen = play(world, task, plan, monkeypatch)
+    assert [turn.invalid for turn in episode.turns] == [True, True] + [False] * (len(plan) - 2)
+    for t, (past, _) in enumerate(seen):
+        assert past == [(now, action) for (_, now), action in zip(seen[:t], plan[:t], strict=True)]
