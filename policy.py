@@ -7,18 +7,19 @@ import copy
 import os
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
-import jinja2
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from envs import templated
+from envs import spoken, templated
 from epo import token_logp_and_entropy
+from support.architecture import is_told_positions, logits_of, switch_off_dropout
 from support.forward import last_hidden, precision, states_at
-from support.run_folder import ROOT, SetupError, one_line
+from support.run_folder import ROOT, SetupError, form, one_line
 
 # a chat model's response ends here
 ACTION_END = "</action>"
@@ -32,9 +33,10 @@ class Policy:
     """A causal language model with what it takes to play.
 
     end: the tokens that end a turn. compact: it reads World.compact_prompt and writes the bare
-    action; else World.chat_prompt, where think: it reasons first. system_role: its template has
-    one. reference: a frozen copy of the policy as it was, for the KL; None with LoRA, where the
-    model without its adapter is it. tokens_per_batch: the most that a forward pass reads.
+    action; else World.chat_prompt, where think: it reasons first. Of its chat template,
+    system_role: it has one; opening: what of the reply it has written already. reference: a frozen
+    copy of the policy as it was, for the KL; None with LoRA, where the model without its adapter is
+    it. tokens_per_batch: the most that a forward pass reads.
     """
 
     model: torch.nn.Module
@@ -43,6 +45,7 @@ class Policy:
     compact: bool
     think: bool = True
     system_role: bool = True
+    opening: str = ""
     reference: torch.nn.Module | None = None
     tokens_per_batch: int = 16384
 
@@ -51,7 +54,7 @@ class Policy:
         if self.compact:
             return world.compact_prompt(past, now)
         messages = world.chat_prompt(past, now, self.think)
-        return templated(self.tokenizer, messages, self.system_role)
+        return templated(self.tokenizer, messages, self.system_role, self.think)
 
     def encode(self, text):
         """A prompt as token ids. A chat template has put the special tokens there already."""
@@ -62,9 +65,13 @@ class Policy:
         go_on = ~torch.isin(token, torch.tensor(self.end, device=token.device))
         if self.compact:
             return go_on
-        # nothing is sampled, paid for or trained on after the action
-        ends = self.tokenizer.batch_decode([ids[-len(ACTION_END) :] for ids in responses])
-        acted = [ACTION_END in text for text in ends]
+        # nothing is sampled, paid for or trained on after the action; a thought may quote one
+        decode = self.tokenizer.decode
+        acted = [
+            ACTION_END in decode(ids[-len(ACTION_END) :])
+            and ACTION_END in spoken(self.opening + decode(ids))
+            for ids in responses
+        ]
         return go_on & ~torch.tensor(acted, device=token.device)
 
     @torch.no_grad()
@@ -103,7 +110,7 @@ def response_states(model, turns):
 def score_tokens(model, hidden, tokens, temperature=1.0):
     """Log-prob and entropy of response tokens: states (T, d), tokens (T,) -> (T,), (T,)."""
     with precision(model):
-        logits = model.get_output_embeddings()(hidden)
+        logits = logits_of(model, hidden)
     return token_logp_and_entropy(logits, tokens, temperature)
 
 
@@ -164,30 +171,47 @@ def load_policy(name, env, device="cpu", dtype="float32", lora_rank=0, think="on
     logging.disable_progress_bar()
     weights = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
     tokenizer = read(AutoTokenizer, name, env)
-    model = read(AutoModelForCausalLM, name, env, dtype=weights)
-    compact = is_compact(model.config)
-    if not compact and tokenizer.chat_template is None:
-        raise SetupError(f"model {name!r} has no chat template; use an instruction-tuned model")
+    model, info = read(AutoModelForCausalLM, name, env, dtype=weights, output_loading_info=True)
+    head, end = model.get_output_embeddings(), end_tokens(model, tokenizer)
+    if info["missing_keys"]:
+        raise unusable(name, f"its folder lacks weights, such as {min(info['missing_keys'])}")
+    if head is None or len(head.weight) < len(tokenizer):
+        raise unusable(name, f"it has no output matrix for its {len(tokenizer)} tokens")
+    if None in end:
+        raise unusable(name, "it has no end token (eos_token_id)")
+    policy = Policy(model, tokenizer, end, is_compact(model.config), think == "on")
+    policy.tokens_per_batch = at_once
+    if not policy.compact:
+        read_template(policy, name)
+        if model.supports_gradient_checkpointing:
+            model.activation_checkpointing_enable()
     switch_off_dropout(model)
-    refuse_unusable(name, model, tokenizer)
-    if not compact and model.supports_gradient_checkpointing:
-        model.activation_checkpointing_enable()
+    model.shortcuts = model.base_model.shortcuts = is_told_positions(model)
     model.mixed = model.base_model.mixed = dtype == "bfloat16"
     if lora_rank:
-        add_lora(model, "policy", lora_rank)
-    policy = Policy(model.to(device).eval(), tokenizer, end_tokens(model, tokenizer), compact)
-    policy.think, policy.tokens_per_batch = think == "on", at_once
-    policy.system_role = compact or has_system_role(tokenizer)
+        try:
+            add_lora(model, "policy", lora_rank)
+        except ValueError as error:
+            raise unusable(name, f"it takes no adapter ({one_line(error)})") from error
+    policy.model = model.to(device).eval()
     return policy
 
 
-def has_system_role(tokenizer):
-    """Some chat templates refuse a system message or leave it out."""
-    messages = [{"role": role, "content": f"of {role}"} for role in ("system", "user")]
-    try:
-        return "of system" in tokenizer.apply_chat_template(messages, tokenize=False)
-    except jinja2.TemplateError:
-        return False
+def unusable(name, why):
+    return SetupError(f"model {name!r} cannot be trained here: {why}; use another")
+
+
+def read_template(policy, name):
+    """What the chat template has: a system role (some refuse it), an opened thought."""
+    told = [{"role": role, "content": f"of {role}"} for role in ("system", "user")]
+    for policy.system_role in (True, False):
+        # a template is a program
+        with suppress(Exception):
+            text = templated(policy.tokenizer, told, policy.system_role, policy.think)
+            if "of system" in text and "of user" in text:
+                policy.opening = "<think>" if text.rstrip().endswith("<think>") else ""
+                return
+    raise unusable(name, "it has no chat template that writes down what is said")
 
 
 def end_tokens(model, tokenizer):
@@ -196,32 +220,6 @@ def end_tokens(model, tokenizer):
     if end is None:
         end = tokenizer.eos_token_id
     return end if isinstance(end, list) else [end]
-
-
-def switch_off_dropout(model):
-    """For good: the log-probs of a rollout and of the update must agree."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-
-
-@torch.no_grad()
-def refuse_unusable(name, model, tokenizer):
-    """Raises SetupError unless the logits are an output matrix times the last hidden states."""
-    head, ids = model.get_output_embeddings(), torch.arange(1, 9).unsqueeze(0)
-    logits = model(ids).logits
-    usable = head is not None and len(tokenizer) <= len(head.weight)
-    if usable:
-        hidden = model.base_model(ids).last_hidden_state
-        usable = torch.allclose(logits, head(hidden), atol=1e-3)
-    if not usable:
-        rule = "its logits must be an output matrix times the last hidden states, a row for each"
-        tokens = f"of the {len(tokenizer)} tokens"
-        raise SetupError(f"model {name!r} cannot be trained here: {rule} {tokens}; use another")
-    if not torch.equal(logits, model.train()(ids).logits):
-        raise SetupError(f"model {name!r} has a dropout that cannot be switched off; use another")
 
 
 # ---- What learns, and how it is saved
@@ -255,23 +253,37 @@ def trained(model, adapter="policy"):
 
 def load_weights(parameters, saved):
     """Put a checkpoint's values into parameters, by name. Raises SetupError for another model's."""
-    shapes = {name: p.shape for name, p in parameters.items()}
-    if shapes != {name: getattr(p, "shape", None) for name, p in saved.items()}:
+    if form(saved) != form(parameters):
         mend = "leave out --model and --lora-rank, the run has them in its config.json"
         raise SetupError(f"the checkpoint's parameters are not this model's; {mend}")
     for name, p in parameters.items():
         p.data.copy_(saved[name])
 
 
-def merged_weights(model):
-    """The weights by name as if there had never been an adapter, in float32 on the CPU."""
+def merged_weights(model, device):
+    """The weights by name as if there had never been an adapter, in float32."""
+    plain = lambda name: name.replace(".base_layer", "")
     state = model.state_dict()
-    weights = {name: w.float().cpu() for name, w in state.items() if ".lora_" not in name}
+    weights = {plain(name): w for name, w in state.items() if ".lora_" not in name}
+    weights = {name: w.to(device, torch.float32) for name, w in weights.items()}
     for name, layer in model.named_modules():
         if hasattr(layer, "get_delta_weight"):
-            change = layer.get_delta_weight("policy").float().cpu()
-            weights[f"{name}.base_layer.weight"] = weights[f"{name}.base_layer.weight"] + change
-    return {name.replace(".base_layer.", "."): w for name, w in weights.items()}
+            # fused experts have other names
+            weight = f"{plain(name)}.{getattr(layer, 'parameter_name', 'weight')}"
+            change = layer.get_delta_weight("policy").to(device, torch.float32)
+            weights[weight] = weights[weight] + change
+    return weights
+
+
+def merged_model(model, device, **settings):
+    """A model of these weights, without an adapter. settings: of its config.json"""
+    config = copy.deepcopy(model.config)
+    config.update({"dtype": torch.float32, **settings})
+    with torch.device("meta"):
+        merged = AutoModelForCausalLM.from_config(config)
+    merged.load_state_dict(merged_weights(model, device), assign=True)
+    merged.tie_weights()
+    return merged
 
 
 def save_model(policy, settings, folder):
@@ -279,12 +291,7 @@ def save_model(policy, settings, folder):
 
     settings: those of ASKS that the model is to ask for. Raises SetupError.
     """
-    config = copy.deepcopy(policy.model.config)
-    config.update({"dtype": torch.float32, **settings})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(merged_weights(policy.model), assign=True)
-    model.tie_weights()
+    model = merged_model(policy.model, "cpu", **settings)
     model.generation_config = policy.model.generation_config
     shutil.rmtree(folder + ".new", ignore_errors=True)
     try:

@@ -6,6 +6,7 @@ That is why sampling is a loop of a few lines here and not `model.generate`. Eve
 prompt (the paper's setting), not one growing conversation.
 """
 
+import copy
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from dataclasses import dataclass, field
 import torch
 
 from epo import token_logp_and_entropy
+from policy import merged_model, response_states, score_tokens, unusable
+from support.architecture import check_room
 from support.forward import next_logits, precision, read_prompts
+from support.run_folder import one_line
 
 
 @dataclass
@@ -55,6 +59,7 @@ def generate(policy, prompts, temperature, max_tokens, generator=None):
     generator: a torch.Generator on the device. -> a list of (response ids, log-probs, entropies)
     """
     model = policy.model.eval()
+    check_room(model, max(map(len, prompts)) + max_tokens)
     responses = [([], [], []) for _ in prompts]
     # the numbers of the unfinished responses, and the row of the batch that each of them reads
     active = list(range(len(prompts)))
@@ -106,7 +111,8 @@ def select_rows(read, kept):
     cache, mask, position = read
     if not torch.equal(kept, torch.arange(len(mask))):
         kept = kept.to(mask.device)
-        cache.batch_select_indices(kept)
+        # a recurrent layer has no other way
+        cache.reorder_cache(kept)
         mask, position = mask[kept], position[kept]
     return cache, mask, position
 
@@ -165,7 +171,109 @@ def write_turns(world, policy, active, past, now, t, temperature, max_tokens, ge
     turns = {}
     for slot, prompt, sample in zip(active, prompts, samples, strict=True):
         text = policy.tokenizer.decode(sample[0], skip_special_tokens=True)
-        action = world.parse_compact(text) if policy.compact else world.parse_chat(text)
+        parse = world.parse_compact if policy.compact else world.parse_chat
+        action = parse(policy.opening + text)
         seen = "\n".join((now[slot].reply, now[slot].look, now[slot].inventory))
         turns[slot] = Turn(t, prompt, *sample, text, action, seen)
     return turns
+
+
+# ---- The proof that a model can be trained here
+
+
+def prove(policy):
+    """Refuse a model whose samples or scores are not what it says of the same text, read alone.
+
+    Call it before any work. It changes no random state. A shortcut that is wrong is left out.
+    """
+    model = policy.model
+    # an adapter adds nothing at first; meanwhile it is as if it had learnt something
+    adapter = {p: p.data for name, p in model.named_parameters() if ".lora_B." in name}
+    for p in adapter:
+        p.data = torch.full_like(p, 0.02)
+    wrong = still = fault(policy)
+    if wrong:
+        model.shortcuts = model.base_model.shortcuts = False
+        still = fault(policy)
+    for p, data in adapter.items():
+        p.data = data
+    if still:
+        raise unusable(model.name_or_path, still)
+    if wrong:
+        print(f"each prompt is read whole: behind a prefix that is read once, {wrong}")
+
+
+@torch.no_grad()
+def fault(policy):
+    """What is wrong with a model, in words; None if all is right."""
+    model = policy.model
+    try:
+        # what it takes to be saved, without the numbers
+        merged_model(model, "meta")
+        with precision(model):
+            logits = model(torch.arange(1, 9, device=model.device)[None]).logits
+        # so large that a cap shows, and what small ones would hide
+        scale = max(1, 5 / logits.float().std().item())
+        enlarge = lambda module, read, output: scale * output
+        with model.get_output_embeddings().register_forward_hook(enlarge):
+            off, limit = differences(policy)
+    except Exception as error:
+        return f"it raises {type(error).__name__}: {one_line(error)}"
+    for when, numbers in off.items():
+        nats = numbers.abs().max()
+        if not nats <= limit:
+            return f"its log-probs {when} are off by {nats:.2g} nats"
+
+
+def differences(policy):
+    """-> by how much log-probs and entropies (2, T) differ from the plain model's, and may"""
+    model, sampler = policy.model, copy.copy(policy)
+    generator = torch.Generator(model.device).manual_seed(0)
+    ids = torch.arange(40) ** 2 + torch.arange(2)[:, None]
+    row, other = (ids % len(policy.tokenizer)).tolist()
+    # unequal ones and two equal ones; each has 40 tokens with its response
+    short = row[:37]
+    prompts = [row[:39], row[:36] + other[:2], short, short]
+    # the first of them ends at each token; what has no shared prefix is read in two parts
+    sampler.unfinished = lambda token, responses: torch.arange(len(token)) > 0
+    sampler.tokens_per_batch = 72
+    samples = generate(sampler, prompts, 1.0, 3, generator)
+    turns = [Turn(0, prompt, *sample) for prompt, sample in zip(prompts, samples)]
+    tokens, *sampled = [sum(values, []) for values in zip(*samples)]
+    tokens = torch.tensor(tokens, device=model.device)
+    states = response_states(model, turns)
+    scored = score_tokens(model, states, tokens)
+    plain = read_alone(model, turns)
+    # beside a row that begins otherwise there is no shared prefix
+    beside, _ = generate(policy, [short, other], 1.0, 1, generator)
+    off = {
+        "as sampled": torch.tensor(sampled) - plain,
+        # 3 tokens come before those of that prompt
+        "as sampled without a shared prefix": torch.tensor(beside[2]) - plain[1, 3],
+        "as scored": torch.stack(scored).cpu() - plain,
+    }
+    limit = 1e-3
+    if model.mixed:
+        with model.get_input_embeddings().register_forward_hook(round_otherwise):
+            limit += 3 * (read_alone(model, turns) - plain).abs().max()
+    return off, limit
+
+
+def read_alone(model, turns):
+    """The plain model's log-probs and entropies of the responses (2, T): no cache, no padding."""
+    ids = torch.tensor([turn.prompt + turn.response for turn in turns], device=model.device)
+    with precision(model):
+        # in training mode a dropout would show
+        logits = model.train()(ids, use_cache=False).logits
+    model.eval()
+    numbers = token_logp_and_entropy(logits[:, :-1], ids[:, 1:])
+    numbers = torch.stack(numbers).cpu()
+    rows = [numbers[:, n, -len(turn.response) :] for n, turn in enumerate(turns)]
+    return torch.cat(rows, 1)
+
+
+def round_otherwise(module, read, states):
+    """Each number is off by up to what bfloat16 tells apart."""
+    number = torch.arange(states.numel(), device=states.device)
+    noise = number.view(states.shape).sin()
+    return states + (2**-7 * noise * states).to(states.dtype)

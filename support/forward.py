@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from support.architecture import check_room, logits_of, name_of_cache
 from support.run_folder import SetupError
 
 # tokens of a micro-batch; below, a CPU has the memory to keep what the backward pass needs
@@ -26,19 +27,31 @@ def pad(rows, device, side="right"):
     return ids.to(device), mask.to(device)
 
 
+def shortcuts(model, cache):
+    """Whether padding may stand between the tokens of a row, and one mask serves all layers.
+
+    Not with recurrent layers, nor where columns are counted: by a sliding window, or by a model
+    that is not told positions.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    whole = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return whole and getattr(model, "shortcuts", True)
+
+
 def shareable(model, rows):
     """-> an empty cache, and how many of the first tokens of all rows can be read once, into it
 
-    A short prefix is not worth it. Under a sliding window there is none either: the window would
-    count the padding that would then stand between the prefix and the rest.
+    A short prefix is not worth it.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicCache
 
     cache = DynamicCache(config=model.config)
     # each row keeps a token to read
     length = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
-    usable = length >= 32 and all(type(layer) is DynamicLayer for layer in cache.layers)
-    return cache, length if usable else 0
+    if length < 32 or not shortcuts(model, cache):
+        return cache, 0
+    return cache, length
 
 
 @torch.no_grad()
@@ -84,23 +97,20 @@ def read_prompts(model, prompts, budget):
 def next_logits(model, ids, mask, position, cache):
     """Read more tokens into the cache -> logits (n, V) after the last one."""
     if ids.shape[1] == 1:
-        mask = decoding_mask(mask, cache)
-    more = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
+        mask = decoding_mask(model, mask, cache)
+    more = {"attention_mask": mask, "position_ids": position, name_of_cache(model): cache}
     hidden = model.base_model(ids, **more).last_hidden_state
     # of a slice with gaps in memory the product takes a CPU 5 times as long, in bfloat16 400 times
-    return model.get_output_embeddings()(hidden[:, -1].contiguous())
+    return logits_of(model, hidden[:, -1].contiguous())
 
 
-def decoding_mask(mask, cache):
+def decoding_mask(model, mask, cache):
     """What the next token of each row attends to, as attention adds it; made once for all layers.
 
-    A layer with a sliding window needs a mask of its own: transformers makes it from `mask` (n, L).
+    Where layers differ, transformers makes theirs from `mask` (n, L).
     """
-    from transformers.cache_utils import DynamicLayer
-
     # a cache that is still empty has no dtype
-    usable = lambda layer: type(layer) is DynamicLayer and layer.keys is not None
-    if not all(map(usable, cache.layers)):
+    if not shortcuts(model, cache) or cache.layers[0].keys is None:
         return mask
     # log 1 adds nothing, log 0 is -inf
     return mask.to(cache.layers[0].keys.dtype).log()[:, None, None]
@@ -113,6 +123,7 @@ def last_hidden(body, rows):
     Attention is causal, so no token reads the padding after it and no mask is needed.
     """
     distinct = {row: number for number, row in enumerate(dict.fromkeys(map(tuple, rows)))}
+    check_room(body, max(map(len, distinct)))
     ids, _ = pad(list(distinct), body.device)
     # nothing drops out; this only switches gradient checkpointing, which takes no cache
     recompute = body.device.type != "cpu" or ids.numel() > RECOMPUTE_ABOVE
