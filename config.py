@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from envs import WORLDS, world_class
 from policy import asked_for
 from support.forward import RECOMPUTE_ABOVE
+from support.report import read_arguments
 from support.run_folder import SetupError, damaged, read_config
 
 # a CPU reads as many as it can without running the forward pass twice
@@ -159,11 +160,9 @@ def parse_flags(arguments, description=None):
     """Command line -> {name: value} of the flags that were given. Ends in one line for others."""
     more = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = HfArgumentParser(Config, description=description, **more)
-    # one line, not a page of usage
-    parser.error = lambda message: parser.exit(2, f"train.py: {message}; see --help\n")
     not_given = object()
     parser.set_defaults(**{name: not_given for name in ALLOWED})
-    values = vars(parser.parse_args(arguments))
+    values = vars(read_arguments(parser, "train.py", arguments))
     return {name: value for name, value in values.items() if value is not not_given}
 
 
@@ -190,7 +189,8 @@ def decide(given):
         model["tasks"] = ",".join(map(str, model["tasks"]))
     if start.lora_rank:
         # an adapter needs a higher rate than all weights do; a tiny policy's is high enough
-        model["lr"] = model["lora_lr"] or (model["lr"] if model["compact"] else None)
+        own = model["lr"] if model["compact"] else None
+        model["lr"] = own if model["lora_lr"] is None else model["lora_lr"]
     long = (start.think or model["think"]) == "on"
     defaults = {
         "out": os.path.join("runs", start.env),
@@ -204,7 +204,12 @@ def decide(given):
             if values[name] in (None, "auto"):
                 values[name] = decided[name]
     cfg = Config(**with_floats(values))
-    check(cfg)
+    try:
+        check(cfg)
+    except SetupError as error:
+        # what was given has been checked
+        raise SetupError(f"the config.json of model {cfg.model!r}: {error}") from error
+    refuse_idle(given, cfg, model["compact"])
     return cfg
 
 
@@ -245,18 +250,8 @@ def saved_settings(given):
 # nothing works with more, and float32 and torch's integers hold it
 LARGEST = 10**12
 MOST_EPISODES = 10**6
-# the least and the largest value of a number
+# the least and the largest value of a number; else up to LARGEST, from 0.0 or from 1
 BOUNDS = dict.fromkeys("discount gae_lambda entropy_decay warmup min_lr".split(), (0, 1))
-for name in (
-    "lr critic_lr entropy_coef kappa_l kappa_r alpha gamma kl_coef weight_decay invalid_penalty "
-    "shaping entropy_target"
-).split():
-    BOUNDS[name] = (0, LARGEST)
-for name in (
-    "steps tasks_per_step group_size minibatches tokens_per_batch turns max_tokens window "
-    "eval_every critic_minibatches"
-).split():
-    BOUNDS[name] = (1, LARGEST)
 # colder than 0.05, float32 cannot hold the KL, or the logits
 BOUNDS |= {"temperature": (0.05, 100), "eval_temperature": (0.01, 100)}
 BOUNDS |= dict.fromkeys("clip clip_high value_clip grad_clip".split(), (1e-9, LARGEST))
@@ -272,38 +267,58 @@ def check(cfg):
     """Refuse what cannot work, before any work starts; None is not decided yet. SetupError."""
     for name, (types, choices) in ALLOWED.items():
         value = vars(cfg)[name]
-        # also of nan, which is not above anything
-        low, high = BOUNDS.get(name, (-LARGEST, LARGEST))
+        low, high = BOUNDS.get(name, (int(type(value) is int), LARGEST))
         if type(value) not in types:
             raise SetupError(f"{flag(name)} {value!r:.30} is not of type {types[0].__name__}")
         if choices and value not in (*choices, None):
             raise SetupError(f"{flag(name)} {value!r:.30} is not one of {', '.join(choices)}")
         no_cap = (name, value) == ("kappa_r", math.inf)
+        # also of nan, which is not above anything
         if type(value) in (int, float) and not (low <= value <= high or no_cap):
-            raise SetupError(
-                f"{flag(name)} must be between {low:g} and {high:g}, not {value!r:.30}"
-            )
-    episodes, grpo = cfg.tasks_per_step * cfg.group_size, cfg.algo == "grpo"
-    no_gpu = cfg.device != "auto" and not torch.get_device_module(cfg.device).is_available()
-    refused = {
-        f"--tasks-per-step times --group-size must be at most {MOST_EPISODES}": (
-            episodes > MOST_EPISODES
-        ),
-        f"--kappa-l {cfg.kappa_l} is above --kappa-r {cfg.kappa_r}": cfg.kappa_l > cfg.kappa_r,
-        "--smoothing indicator --entropy-coef 0: without λ nothing is smoothed": (
-            cfg.smoothing == "indicator" and not cfg.entropy_coef
-        ),
-        "--group-size 1: GRPO compares the episodes of a group, so it needs at least 2": (
-            grpo and cfg.group_size == 1
-        ),
-        "--discount and --gae-lambda are for --algo ppo: GRPO has no critic": (
-            grpo and (cfg.discount, cfg.gae_lambda) != (1, 1)
-        ),
-        f"--minibatches {cfg.minibatches} doesn't divide the {episodes} episodes": (
-            episodes % cfg.minibatches
-        ),
-        f"--device {cfg.device}: PyTorch sees no such GPU here; use --device cpu": no_gpu,
-    }
-    for message, is_so in refused.items():
-        if is_so:
-            raise SetupError(message)
+            between = f"must be between {low:g} and {high:g}"
+            raise SetupError(f"{flag(name)} {between}, not {value!r:.30}")
+    episodes = cfg.tasks_per_step * cfg.group_size
+    if episodes > MOST_EPISODES:
+        raise SetupError(f"--tasks-per-step times --group-size must be at most {MOST_EPISODES}")
+    if cfg.kappa_l > cfg.kappa_r:
+        raise SetupError(f"--kappa-l {cfg.kappa_l} is above --kappa-r {cfg.kappa_r}")
+    if cfg.algo == "grpo" and cfg.group_size == 1:
+        raise SetupError("--group-size 1: GRPO compares the episodes of a group; give at least 2")
+    if episodes % cfg.minibatches:
+        raise SetupError(f"--minibatches {cfg.minibatches} doesn't divide the {episodes} episodes")
+    if cfg.device != "auto" and not torch.get_device_module(cfg.device).is_available():
+        raise SetupError(f"--device {cfg.device}: PyTorch sees no such GPU here; use --device cpu")
+
+
+CORRIDOR = "kappa_l kappa_r alpha gamma dynamic_weight window"
+# a setting and its value: what then does nothing
+IDLE = {
+    ("env", "scienceworld"): "games",
+    ("env", "alfworld"): "simplifications",
+    ("env", "keyquest"): "games simplifications",
+    ("algo", "grpo"): "discount gae_lambda critic_lr critic_minibatches value_clip",
+    ("entropy_coef", 0): f"smoothing entropy_decay {CORRIDOR}",
+    ("smoothing", "off"): CORRIDOR,
+    ("dynamic_weight", "off"): "gamma",
+}
+EVALUATION = "evaluate env model lora_rank dtype device think tasks simplifications games turns "
+EVALUATION += "max_tokens tokens_per_batch eval_episodes eval_temperature seed"
+
+
+def refuse_idle(given, cfg, compact):
+    """Refuse a flag where it does nothing; a preset or a saved run may have it. SetupError.
+
+    To switch off what is off is no mistake. compact: a tiny policy plays.
+    """
+    idle = {"think": "a tiny policy"} if compact else {}
+    for (name, value), names in IDLE.items():
+        if vars(cfg)[name] == value:
+            idle |= dict.fromkeys(names.split(), f"{flag(name)} {value}")
+    if cfg.entropy_target is not None:
+        idle = {name: where for name, where in idle.items() if where != "--entropy-coef 0"}
+        idle["entropy_coef"] = "--entropy-target"
+    if cfg.evaluate is not None:
+        idle |= dict.fromkeys(ALLOWED.keys() - EVALUATION.split(), "--evaluate")
+    for name, value in given.items():
+        if name in idle and value is not None and (value != "off" or name == "think"):
+            raise SetupError(f"{flag(name)} does nothing with {idle[name]}; leave it out")

@@ -17,6 +17,7 @@ import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from textwrap import fill
 
@@ -26,7 +27,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from metrics import ENTROPY_EDGES, table
+from metrics import ENTROPY_EDGES
+from support.report import read_arguments
 from support.run_folder import SetupError, damaged, one_line, read_config, read_log, write_whole
 
 IGNORED = "seed out resume device evaluate preset eval_every tokens_per_batch".split()
@@ -55,12 +57,10 @@ LOOK = {
 
 def run_folders(path):
     """A run folder -> [path]; a folder of run folders -> those. Raises SetupError for others."""
-    if Path(path, "config.json").exists():
-        return [Path(path)]
-    inside = sorted(Path(path).glob("*/config.json"))
-    if not inside:
-        raise SetupError(f"{path} is no run folder (config.json, log.jsonl), and none is inside")
-    return [file.parent for file in inside]
+    for place in ("config.json", "*/config.json"):
+        if files := sorted(Path(path).glob(place)):
+            return [file.parent for file in files]
+    raise SetupError(f"{path} is no run folder (config.json, log.jsonl), and none is inside")
 
 
 def read_study(path):
@@ -87,7 +87,7 @@ def load(path):
         study = read_study(file + is_study)
         runs = {(file, *key): run for key, run in study.items() if arm in ("", f"/{key[0]}")}
     else:
-        runs = {str(f.resolve()): (read_config(f), read_log(f)) for f in run_folders(path)}
+        runs = {f.resolve(): (read_config(f), read_log(f)) for f in run_folders(path)}
     if not runs:
         raise SetupError(f"{path}: this study has no such arm")
     try:
@@ -97,28 +97,31 @@ def load(path):
 
 
 def as_arrays(config, rows):
-    """-> {number: (steps,), histogram: (bins, steps)}, as arrays; nan where there is nothing."""
-    columns = table(rows)
-    if columns.get("step") != [*range(len(rows))]:
+    """-> {number: (steps,), histogram: (steps, bins)}, as arrays; nan where there is nothing."""
+    steps = [row.get("step") for row in rows]
+    if not steps or steps != [*range(len(steps))]:
         raise ValueError("log.jsonl has no whole row yet, or a step is not in it")
-    shares = [row.get("entropy_histogram") or [None] * 32 for row in rows]
-    log = {"shares of tokens": np.array(shares, float).reshape(len(rows), 32).T}
-    for name, values in columns.items():
-        if not name.endswith(("histogram", "by_turn", "by_task")):
-            log[name] = np.array(values, float)
     # damaged settings raise an error
     label(settings(config), [])
+    shares = [row.get("entropy_histogram") or [None] * 32 for row in rows]
+    # a comma: --draw does not take it for a number
+    log = {"shares, by entropy": np.array(shares, float).reshape(-1, 32)}
+    for name in set().union(*rows):
+        if not name.endswith(("histogram", "by_turn", "by_task")):
+            values = [row.get(name) for row in rows]
+            log[name] = np.array(values, float)
     return log
 
 
 def settings(config):
     """The settings that had an effect, without the seed; algo is the paper's name of the method."""
     own = {name: value for name, value in config.items() if value not in (0, None, "", "off")}
-    method, idle = config["algo"].upper(), IGNORED
-    if "entropy_coef" in own:
-        method += "+EPO" if "smoothing" in own else "+EPO-Base"
-    if not method.endswith("+EPO"):
-        idle = IGNORED + CORRIDOR
+    method, idle = config["algo"].upper(), IGNORED + CORRIDOR
+    if "entropy_coef" in own and "smoothing" in own:
+        method += "+EPO"
+        idle = IGNORED
+    elif "entropy_coef" in own:
+        method += "+EPO-Base"
     return {name: own[name] for name in own if name not in idle} | {"algo": method}
 
 
@@ -128,10 +131,9 @@ def label(own, groups):
     rivals = [other for other in groups if other["algo"] == text]
     for name in sorted(own):
         value = str(own[name]).removesuffix(".0")
-        differs = any(other.get(name) != own[name] for other in rivals)
         if name == "entropy_coef" and own[name] != 0.001:
             text += f", λ\xa0{value} ({own[name] / 0.001:g} × the paper's)"
-        elif differs:
+        elif any(other.get(name) != own[name] for other in rivals):
             text += f", {SYMBOLS.get(name, name)}\xa0{value}"
     return text
 
@@ -157,35 +159,41 @@ def mean(numbers):
 
 
 def stack(runs, name):
-    """A column of the log of all runs -> (seeds, …, steps), nan after the end of a shorter run."""
+    """A column of the log of all runs -> (seeds, steps, …), nan after the end of a shorter run."""
     columns = [log.get(name, log["step"] * np.nan) for _, log in runs]
-    steps = max(column.shape[-1] for column in columns)
-    stacked = np.full([len(runs), *columns[0].shape[:-1], steps], np.nan)
-    for row, column in zip(stacked, columns, strict=True):
-        row[..., : column.shape[-1]] = column
+    stacked = np.full([len(runs), *max(columns, key=len).shape], np.nan)
+    for seed, column in zip(stacked, columns):
+        seed[: len(column)] = column
     return stacked
 
 
 def draw(axis, runs, name, **style):
     """A column of the log: the mean as a line, and a band from the lowest seed to the highest."""
-    stacked = stack(runs, name)
-    middle = mean(stacked)
-    steps = np.flatnonzero(np.isfinite(middle))
-    axis.plot(steps, middle[steps], **style)
+    seeds = np.ma.masked_invalid(stack(runs, name))
+    steps = np.flatnonzero(seeds.count(0))
+    seeds = seeds[:, steps]
+    axis.plot(steps, mean(seeds), **style)
     if len(runs) > 1:
-        seeds = np.ma.masked_invalid(stacked[:, steps])
         axis.fill_between(steps, seeds.min(0), seeds.max(0), color=style["color"], alpha=0.2, lw=0)
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+
+
+def plain(text):
+    """A text as matplotlib shows it: without mathematics, and nothing that it cannot take."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def side_by_side(fig, groups, rows):
     """A column of panels for each group -> (panels, runs), one by one; rows: {unit: height}."""
     shared = {"sharex": True, "sharey": "row", "squeeze": False}
-    grid = fig.subplots(len(rows), len(groups), height_ratios=[*rows.values()], **shared)
-    for axis, unit in zip(grid[:, 0], rows, strict=True):
+    heights = list(rows.values())
+    grid = fig.subplots(len(rows), len(groups), height_ratios=heights, **shared)
+    for axis, unit in zip(grid[:, 0], rows):
         axis.set_ylabel(unit)
-    for panels, (text, runs) in zip(grid.T, groups.items(), strict=True):
-        panels[0].set_title(fill(f"{text} (n = {len(runs)})", max(18, 72 // len(groups))))
+    width = max(18, 72 // len(groups))
+    for panels, (text, runs) in zip(grid.T, groups.items()):
+        title = fill(f"{text} (n = {len(runs)})", width)
+        panels[0].set_title(plain(title))
         panels[-1].set_xlabel("RL step")
         yield panels, runs
 
@@ -193,11 +201,8 @@ def side_by_side(fig, groups, rows):
 def finished(fig, groups, title):
     """Its title, and a legend below, where it covers nothing; each name once."""
     worlds = {str(config.get("env")) for runs in groups.values() for config, _ in runs}
-    fig.suptitle(f"{', '.join(sorted(worlds))}: {title}")
-    lines = {}
-    for axis in fig.axes:
-        handles, names = axis.get_legend_handles_labels()
-        lines |= dict(zip(names, handles, strict=True))
+    fig.suptitle(plain(f"{', '.join(sorted(worlds))}: {title}"))
+    lines = {line.get_label(): line for axis in fig.axes for line in axis.lines}
     fig.legend(
         lines.values(),
         lines,
@@ -222,9 +227,9 @@ def overview(groups):
         after = []
         for split, colour, marker in (("IID", GREEN, "s"), ("OOD", RED, "D")):
             shares = mean(stack(runs, f"{split.lower()}_success"))
-            text = f"evaluation on {split} tasks"
-            lower.plot(shares, marker, color=colour, label=text)
-            after += [f"{split} {share:.2f}" for share in shares[np.isfinite(shares)][-1:]]
+            lower.plot(shares, marker, color=colour, label=f"evaluation on {split} tasks")
+            done = shares[np.isfinite(shares)]
+            after += [f"{split} {share:.2f}" for share in done[-1:]]
         lower.set_title(", ".join(after))
     upper.set_ylim(0)
     lower.set_ylim(-0.05, 1.05)
@@ -236,9 +241,9 @@ def tokens(groups):
     fig = Figure(**SIZE)
     rows = {"entropy (nats)": 2, "mean (nats)": 1}
     for (picture, means), runs in side_by_side(fig, groups, rows):
-        shares = mean(stack(runs, "shares of tokens"))  # (bins, steps)
-        steps = np.arange(shares.shape[1] + 1) - 0.5
-        image = picture.pcolormesh(steps, ENTROPY_EDGES, shares, norm=LogNorm(1e-3, 1))
+        shares = mean(stack(runs, "shares, by entropy"))  # (steps, bins)
+        steps = np.arange(len(shares) + 1) - 0.5
+        image = picture.pcolormesh(steps, ENTROPY_EDGES, shares.T, norm=LogNorm(1e-3, 1))
         picture.set_yscale("function", functions=(np.sqrt, np.square))
         picture.set(ylim=(0, 4), yticks=[0, 0.1, 0.5, 1, 2, 4])
         picture.grid(False)
@@ -253,14 +258,15 @@ def tokens(groups):
 def column(groups, name):
     """A number of the log, with a line for each group."""
     logs = [log for runs in groups.values() for _, log in runs]
-    if not any(name in log for log in logs):
+    if "/" in name or not any(name in log for log in logs):
         raise SetupError(f"--draw: {name} is no figure, and no number in these logs")
     fig = Figure(**SIZE)
     axis = fig.subplots()
-    for i, (text, runs) in enumerate(groups.items()):
-        look = {"color": COLOURS[i % 7], "linestyle": DASHES[i % 4]}
-        draw(axis, runs, name, label=fill(f"{text} (n = {len(runs)})", 34), **look)
-    axis.set(xlabel="RL step", ylabel=name)
+    looks = zip(cycle(COLOURS), cycle(DASHES))
+    for (text, runs), (colour, dashes) in zip(groups.items(), looks):
+        text = fill(f"{text} (n = {len(runs)})", 34)
+        draw(axis, runs, name, color=colour, linestyle=dashes, label=plain(text))
+    axis.set(xlabel="RL step", ylabel=plain(name))
     return finished(fig, groups, name)
 
 
@@ -271,12 +277,11 @@ OF_FEW, OF_MANY = "overview,tokens", "entropy,success,iid_success,ood_success"
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"plot.py: {message}; see --help\n")
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]PATH", help="what is drawn")
     parser.add_argument("--out", default="figures", help="where the files go")
     parser.add_argument("--draw", help="figures, or numbers of the log, separated by commas")
     parser.add_argument("--format", default="png", choices=("png", "svg", "pdf"))
-    args = parser.parse_args()
+    args = read_arguments(parser, "plot.py")
     # the date inside a file: the same bytes every time
     os.environ["SOURCE_DATE_EPOCH"] = "0"
     rcParams.update(LOOK)
@@ -284,13 +289,11 @@ def main():
         groups = grouped(args.runs)
         os.makedirs(args.out, exist_ok=True)
         default = OF_FEW if len(groups) < 5 else OF_MANY
-        for name in (args.draw or default).split(","):
-            if name in FIGURES:
-                fig = FIGURES[name](groups)
-            else:
-                fig = column(groups, name)
+        for name in (default if args.draw is None else args.draw).split(","):
+            figure = FIGURES.get(name, partial(column, name=name))
             path = os.path.join(args.out, f"{name}.{args.format}")
-            write_whole(path, partial(fig.savefig, format=args.format))
+            save = partial(figure(groups).savefig, format=args.format)
+            write_whole(path, save, mark=b"atplotlib")
             print(path)
     except (SetupError, OSError) as error:
         sys.exit(f"plot.py: {error}")

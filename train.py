@@ -26,7 +26,7 @@ from rollout import collect
 from support import report, run_folder
 from support.report import SPLITS, progress
 from support.run_folder import ANOTHER, SetupError, damaged, one_line
-from update import make_batch, make_learner, make_schedules, update
+from update import load_optimizer, make_batch, make_learner, make_schedules, update
 
 
 def train(cfg):
@@ -61,7 +61,7 @@ def train(cfg):
                     row |= rl_step(world, learner, train_tasks, schedules, cfg, step)
                 row["seconds"] = time.perf_counter() - begin
                 run_folder.append_row(cfg.out, row)
-                save_checkpoint(cfg, learner, step + 1)
+                run_folder.save_tensors(f"{cfg.out}/checkpoint.pt", state_of(learner, step + 1))
                 report.print_step(cfg, row)
             save_model(policy, for_the_next_run(cfg), os.path.join(cfg.out, "model"))
     print(report.last_line(metrics.summary(run_folder.read_log(cfg.out), last=2)))
@@ -215,8 +215,8 @@ def for_the_next_run(cfg):
 # ---- Checkpoints
 
 
-def save_checkpoint(cfg, learner, step):
-    """Write checkpoint.pt. step: the first that is still to do."""
+def state_of(learner, step):
+    """What a checkpoint holds. step: the first that is still to do."""
     state = {
         "step": step,
         "history": learner.history,
@@ -226,7 +226,7 @@ def save_checkpoint(cfg, learner, step):
     if learner.critic is not None:
         state["critic"] = learner.critic.trained()
         state["critic_optimizer"] = learner.critic_optimizer.state_dict()
-    run_folder.save_tensors(os.path.join(cfg.out, "checkpoint.pt"), state)
+    return state
 
 
 def begin_or_resume(cfg, learner, eval_tasks):
@@ -240,19 +240,25 @@ def begin_or_resume(cfg, learner, eval_tasks):
         if len(run_folder.read_log(cfg.out)) > 1:
             raise SetupError(f"{path} is missing, but there is a log of several steps; {ANOTHER}")
         run_folder.rewind(cfg.out, 0)
+        run_folder.write_json(os.path.join(cfg.out, "tasks.json"), eval_tasks)
         return 0
     saved = run_folder.load_checkpoint(path)
     if ("critic" in saved) != (learner.critic is not None):
         raise damaged(path, f"it is not of --algo {cfg.algo}, which config.json names")
-    try:
-        learner.history = list(map(float, saved["history"]))
-        load_weights(trained(learner.policy.model), saved["model"])
-        learner.optimizer.load_state_dict(saved["optimizer"])
-        if learner.critic is not None:
-            load_weights(learner.critic.trained(), saved["critic"])
-            learner.critic_optimizer.load_state_dict(saved["critic_optimizer"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
+    # a number for each step; the last row of a log is an evaluation
+    learner.history = [0.0] * min(saved["step"], cfg.steps, len(saved["history"]) + 1)
+    own = state_of(learner, 0)
+    for name in {**own, **saved}:
+        if run_folder.form(saved.get(name)) != run_folder.form(own.get(name)):
+            raise damaged(path, f"its {name!r:.30} is not of the form that this run has")
+    if not run_folder.is_metric(saved["history"]):
+        raise damaged(path, "its history is not finite")
+    learner.history = saved["history"]
+    load_weights(trained(learner.policy.model), saved["model"])
+    load_optimizer(learner.optimizer, saved["optimizer"])
+    if learner.critic is not None:
+        load_weights(learner.critic.trained(), saved["critic"])
+        load_optimizer(learner.critic_optimizer, saved["critic_optimizer"])
     run_folder.rewind(cfg.out, saved["step"])
     return saved["step"]
 

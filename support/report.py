@@ -2,6 +2,9 @@
 
 import math
 import os
+import re
+import sys
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -13,6 +16,19 @@ SPLITS = ("iid", "ood")
 def progress(title, total):
     """A progress bar within a step; none where there is no terminal."""
     return tqdm(desc=title, total=total, leave=False, disable=None)
+
+
+def read_arguments(parser, program, arguments=None):
+    """The command line; one that is wrong ends in one line and status 2."""
+    # Greek letters, into a pipe of ASCII; what a notebook or a test prints to has no encoding
+    with suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    parser.error = lambda message: parser.exit(2, f"{program}: {message}; see --help\n")
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        # bytes that are no UTF-8 arrive as surrogates
+        if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", argument):
+            parser.error(f"{argument!r:.60} has characters that cannot be printed")
+    return parser.parse_args(arguments)
 
 
 def print_header(cfg, policy, train_tasks):
@@ -68,12 +84,8 @@ def line(row):
 
 def last_line(numbers):
     """What a run came to. numbers: metrics.summary of its log."""
-    names = {
-        "before": "success before",
-        "after": "after",
-        "best": "Succ.* (best)",
-        "last": "Succ. (last two evaluations)",
-    }
+    names = {"before": "success before", "after": "after", "best": "Succ.* (best)"}
+    names["last"] = "Succ. (last two evaluations)"
     parts = []
     for key, name in names.items():
         iid, ood = two_digits(numbers[f"iid_{key}"]), two_digits(numbers[f"ood_{key}"])

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 # the project's folder
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -24,12 +25,16 @@ class SetupError(Exception):
     """Something that the user must mend; its text is one line: what is wrong, and what to do."""
 
 
-def write_whole(path, save):
-    """Write a file whole or not at all: a kill or a full disk leaves the old one.
+def write_whole(path, save, mark=None):
+    """Write a file, and its folder, whole or not at all: a kill or a full disk leaves the old one.
 
-    save(file) writes bytes. Raises SetupError in one line.
+    save(file) writes bytes. mark: bytes without which the old one is another program's, and stays.
+    Raises SetupError in one line.
     """
     try:
+        if mark and os.path.exists(path) and mark not in Path(path).read_bytes():
+            raise SetupError(f"{path} is not of this program; use another --out")
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path + ".new", "wb") as file:
             save(file)
             file.flush()
@@ -75,8 +80,7 @@ def read_config(folder):
     """The settings of a run -> dict. Raises SetupError for a missing or damaged config.json."""
     path = os.path.join(folder, "config.json")
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
+        config = json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError as error:
         raise SetupError(f"{folder} is not a run folder: it has no config.json") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -96,8 +100,7 @@ def read_log(folder):
     """
     path = os.path.join(folder, "log.jsonl")
     try:
-        with open(path, "rb") as file:
-            lines = [line for line in file if line.endswith(b"\n")]
+        lines = Path(path).read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -154,9 +157,9 @@ def begin(folder, config, tasks):
     """Make the folder of a new run. config: dict; tasks: {split: tasks of the evaluations}."""
     # another run may have begun a moment ago
     refuse_existing(folder)
-    os.makedirs(os.path.join(folder, "transcripts"), exist_ok=True)
-    write_json(os.path.join(folder, "tasks.json"), tasks)
+    # with it the folder is the run's
     write_json(os.path.join(folder, "config.json"), config)
+    write_json(os.path.join(folder, "tasks.json"), tasks)
 
 
 def rewind(folder, first):
@@ -198,9 +201,23 @@ def load_checkpoint(path):
     return state
 
 
+def form(value):
+    """Types, names, lengths, and of tensors what a kernel trusts: equal for two that are alike."""
+    import torch
+
+    if isinstance(value, dict):
+        return {name: form(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [type(value), *map(form, value)]
+    if not isinstance(value, torch.Tensor):
+        return type(value)
+    plain = value.layout == torch.strided and not (value.is_nested or value.is_meta)
+    return plain and (value.dtype, value.shape, value.stride())
+
+
 def is_new(folder):
     """True if nothing would be lost: no folder, an empty one, or one that no run has begun in."""
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise SetupError(f"{folder} is a file; choose another folder with --out")
-    names = [name for _, _, files in os.walk(folder) for name in files]
-    return all(name in ("lock", "tasks.json") or ".new" in name for name in names)
+    # a run that was killed as it began leaves these two
+    return not os.path.isdir(folder) or {"lock", "config.json.new"}.issuperset(os.listdir(folder))

@@ -1,18 +1,16 @@
 """Speed and memory of each part, a line of JSON for each measurement.
 
-    python -m tools.bench environment rollout loss step | tee bench.jsonl
+    python -m tools.bench environment rollout loss | tee bench.jsonl
     python -m tools.bench Qwen2.5-1.5B --lora-rank 32         # random weights of its shape
     MALLOC_MMAP_THRESHOLD_=65536 python -m tools.bench SmolLM2-135M     # an exact peak of a CPU's
 
-Other ways to do the same work were measured with commit c0df856 (results/bench.json).
+A run's log has the seconds of its steps. Other ways: results/bench.json, of commit c0df856.
 """
 
 import argparse
 import json
 import random
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from time import perf_counter as clock
 
@@ -20,23 +18,18 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from config import Config, decide
+from config import Config, check, decide
 from envs import make_world
 from epo import epo_loss, token_logp_and_entropy
 from policy import Policy, add_lora, load_policy
 from rollout import Turn, collect, generate
-from support.run_folder import ROOT, SetupError, read_log
+from support.report import read_arguments
+from support.run_folder import SetupError
 from tools.memory import SHAPES, predict
 from update import LOGITS_AT_ONCE, make_batch, make_learner, update
 from worlds.scienceworld import ScienceWorld
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def megabytes(name, file="/proc/self/status"):
-    """A line of what Linux tells of a process's memory."""
-    with open(file) as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def peak_memory(forget=False):
@@ -47,25 +40,21 @@ def peak_memory(forget=False):
         return torch.cuda.max_memory_allocated() / 2**20
     if forget:
         Path("/proc/self/clear_refs").write_text("5")
-    return megabytes("VmHWM")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def environment(episodes=32, turns=10):
-    """ScienceWorld's own solutions, played side by side in one simulator."""
-    for way, objects in (("compact prompt", False), ("chat prompt (objects in sight)", True)):
-        with ScienceWorld(("find-animal", "find-plant", "boil"), objects=objects, jvms=1) as world:
-            tasks = world.tasks("train")[::10][:episodes]
-            plans = [(world.gold(task) + ["look around"] * turns)[:turns] for task in tasks]
-            world.reset(tasks)
-            begin, played, active = clock(), 0, range(len(tasks))
-            for t in range(turns):
-                after = world.step({slot: plans[slot][t] for slot in active})
-                played += len(after)
-                active = [slot for slot in active if not after[slot].done]
-            speed = played / (clock() - begin)
-            java = world.simulators.jvms[0].process.pid
-            memory = megabytes("Pss:", f"/proc/{java}/smaps_rollup")
-        yield {"way": f"ours, {way}", "episodes": len(tasks), "turns/s": speed, "MB": memory}
+def environment(turns=10):
+    """ScienceWorld's own solutions of 32 tasks, played side by side in one simulator."""
+    with ScienceWorld(("find-animal", "find-plant", "boil"), jvms=1) as world:
+        tasks = world.tasks("train")[:320:10]
+        plans = [[*world.gold(task), *["look around"] * turns] for task in tasks]
+        world.reset(tasks)
+        begin, played = clock(), 0
+        for t in range(turns):
+            playing = [slot for slot, now in world.last.items() if not now.done]
+            played += len(world.step({slot: plans[slot][t] for slot in playing}))
+        yield {"episodes": len(tasks), "turns/s": played / (clock() - begin)}
 
 
 def rollout(episodes=64):
@@ -77,42 +66,41 @@ def rollout(episodes=64):
         done, _, seconds = collect(world, policy, tasks, cfg.turns, 1.0, 24, generator)
     turns = sum(len(episode.turns) for episode in done)
     speed = turns / (seconds["generate"] + seconds["environment"])
-    yield {"way": "ours", "episodes": episodes, "turns": turns, "turns/s": speed}
+    yield {"episodes": episodes, "turns": turns, "turns/s": speed}
 
 
 def loss(tokens=2048, width=896, vocabulary=151_936):
     """The loss and its gradient as update.py computes them, and at once, at Qwen2.5-0.5B's width"""
     for way, at_once in (("ours", LOGITS_AT_ONCE // vocabulary), ("direct", tokens)):
-        yield {"way": way, "tokens": tokens} | loss_row(at_once, tokens, width, vocabulary)
-
-
-def loss_row(at_once, tokens, width, vocabulary):
-    torch.manual_seed(0)
-    weight = (0.02 * torch.randn(vocabulary, width, device=DEVICE)).requires_grad_()
-    hidden = torch.randn(tokens, width, device=DEVICE, requires_grad=True)
-    response = torch.randint(vocabulary, (tokens,), device=DEVICE)
-    advantages = torch.randn(tokens, device=DEVICE)
-    before, begin = peak_memory(forget=True), clock()
-    for rows in torch.arange(tokens).split(at_once):
-        logp, entropy = token_logp_and_entropy(hidden[rows] @ weight.T, response[rows])
-        flat = {"logp": logp, "old_logp": logp.detach(), "entropy": entropy}
-        flat |= {"advantages": advantages[rows], "weights": torch.full_like(logp, 1 / tokens)}
-        total, _ = epo_loss(**flat, history_mean=5.0, beta_k=1.5)
-        total.backward()
-    # this also waits for a GPU
-    checksum = hidden.grad.abs().sum().item()
-    memory = peak_memory() - before
-    return {"seconds": clock() - begin, "peak MB": memory, "|∂L/∂h|": checksum}
+        torch.manual_seed(0)
+        with torch.device(DEVICE):
+            weight = (0.02 * torch.randn(vocabulary, width)).requires_grad_()
+            hidden = torch.randn(tokens, width, requires_grad=True)
+            response = torch.randint(vocabulary, (tokens,))
+            advantages = torch.randn(tokens)
+            weights = torch.full((tokens,), 1 / tokens)
+        before, begin = peak_memory(forget=True), clock()
+        for rows in torch.arange(tokens).split(at_once):
+            logp, entropy = token_logp_and_entropy(hidden[rows] @ weight.T, response[rows])
+            flat = {"logp": logp, "old_logp": logp.detach(), "entropy": entropy}
+            flat |= {"advantages": advantages[rows], "weights": weights[rows]}
+            total, _ = epo_loss(**flat, history_mean=5.0, beta_k=1.5)
+            total.backward()
+        # this also waits for a GPU
+        gradient = hidden.grad.abs().sum().item()
+        row = {"way": way, "tokens": tokens, "gradient": gradient, "seconds": clock() - begin}
+        yield row | {"peak MB": peak_memory() - before}
 
 
 def model(name, rank, dtype="bfloat16"):
     """A rollout and an update of random weights of a model's shape; more of them on a GPU."""
     rows, prompt, response = (64, 1024, 128) if DEVICE == "cuda" else (20, 200, 48)
-    tokens, config = rows * (prompt + response), SHAPES[name]
+    config, tokens = SHAPES[name], rows * (prompt + response)
     # micro-batches so large that a CPU, too, computes layers again
-    more = {"minibatches": 1, "tokens_per_batch": 16384}
-    cfg = Config(lora_rank=rank, dtype=dtype, lr=1e-5, **more)
-    before, learner = peak_memory(forget=True), random_learner(config, cfg)
+    cfg = Config(lora_rank=rank, dtype=dtype, lr=1e-5, minibatches=1, tokens_per_batch=16384)
+    check(cfg)
+    before = peak_memory(forget=True)
+    learner = random_learner(config, cfg)
     prompts = torch.randint(config.vocab_size, (rows, prompt)).tolist()
     # the second time all is warm
     for _ in range(2):
@@ -124,10 +112,13 @@ def model(name, rank, dtype="bfloat16"):
         update(learner, turns, batch, 5.0, 1.5, cfg, tqdm(disable=True))
         end = clock()
     always, *phases = predict(config, rank, tokens=min(tokens, 16384), cached=tokens)
-    row = {"trained": f"LoRA {rank}" if rank else "all", "peak MB": peak_memory() - before}
-    row["predicted MB"] = (always + max(phases)) / 2**20
-    row["generated tokens/s"] = rows * response / (middle - begin)
-    yield row | {"trained tokens/s": tokens / (end - middle)}
+    yield {
+        "LoRA rank": rank,
+        "peak MB": peak_memory() - before,
+        "predicted MB": (always + max(phases)) / 2**20,
+        "generated tokens/s": rows * response / (middle - begin),
+        "trained tokens/s": tokens / (end - middle),
+    }
 
 
 def random_learner(config, cfg):
@@ -146,32 +137,19 @@ def random_learner(config, cfg):
     return make_learner(cfg, policy)
 
 
-def step():
-    """The seconds of train.py's steps on ScienceWorld with the tiny policy; means of two steps."""
-    parts = ("turns", "seconds_generate", "seconds_environment", "seconds_train", "seconds")
-    for tasks in (1, 2, 4, 8):
-        flags = f"--steps 3 --tasks-per-step {tasks} --turns 12 --eval-episodes 1 --out run"
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, f"{ROOT}/train.py", *flags.split()]
-            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-            _, *log = read_log(f"{folder}/run")[:3]
-        yield {"episodes": 8 * tasks} | {part: sum(row[part] for row in log) / 2 for part in parts}
-
-
 def main():
-    functions = {f.__name__: f for f in (environment, rollout, loss, step)}
+    functions = {f.__name__: f for f in (environment, rollout, loss)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"bench.py: {message}; see --help\n")
     parser.add_argument("parts", nargs="+", choices=[*functions, *SHAPES], metavar="part or model")
     parser.add_argument("--lora-rank", type=int, default=0, help="of a model; 0: none")
-    args = parser.parse_args()
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    args = read_arguments(parser, "bench.py")
+    cpu = f"cpu, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu
     try:
         for part in args.parts:
             rows = functions[part]() if part in functions else model(part, args.lora_rank)
             for row in rows:
-                where = {"part": part, "device": device, "threads": torch.get_num_threads()}
-                print(json.dumps(where | row, ensure_ascii=False), flush=True)
+                print(json.dumps({"part": part, "device": device} | row), flush=True)
     except SetupError as error:
         sys.exit(f"bench.py: {error}")
 

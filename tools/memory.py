@@ -1,15 +1,12 @@
-"""How much memory a run takes on a GPU, predicted from a model's shape: `python -m tools.memory`.
-
-It is a sum of bytes. `python -m tools.bench models` sets it beside measured peaks.
-"""
+"""The memory of a run on a GPU, predicted as a sum of bytes; tools.bench measures its peak."""
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from update import LOGITS_AT_ONCE
 
-# bytes of a number, and of the two that Adam keeps for it
-FLOAT, HALF, ADAM = 4, 2, 8
+# bytes of a number, and of one with the two that Adam keeps for it
+FLOAT, HALF, WITH_ADAM = 4, 2, 12
 SIZES = (
     "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size "
     "vocab_size"
@@ -18,8 +15,7 @@ SIZES = (
 
 def shape(family, *sizes, tied=True):
     """sizes: in the order of SIZES. tied: the output matrix is that of the embeddings."""
-    named = dict(zip(SIZES, sizes, strict=True))
-    return family(**named, tie_word_embeddings=tied)
+    return family(**dict(zip(SIZES, sizes)), tie_word_embeddings=tied)
 
 
 SHAPES = {
@@ -39,46 +35,61 @@ def predict(config, rank=0, ppo=False, tokens=16384, cached=64 * 2048):
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    output = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output]
-    n, head = model.num_parameters(), output.weight.numel()
-    layers, width, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    n = model.num_parameters()
+    head = model.get_output_embeddings().weight.numel()
+    layers = config.num_hidden_layers
+    width = config.hidden_size
+    ffn = config.intermediate_size
     keys = width * config.num_key_value_heads // config.num_attention_heads
     if rank:
         # only the adapter is float32 and learns
-        own, head = HALF, 0
+        own, head, copies, mlps = HALF, 0, HALF, 4
+        linear = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
         learns = body = inner = rank * sum(m.in_features + m.out_features for m in linear)
     else:
-        own, learns, inner = FLOAT, n, n - head
-        body = n if config.tie_word_embeddings else n - head
-    # the model; the adapter or the reference policy; Adam's; the critic and Adam's for it
-    always = n * own + learns * (FLOAT + ADAM) + ppo * body * (FLOAT + ADAM)
+        own, copies, mlps = FLOAT, HALF + FLOAT, 3
+        learns, inner = n, n - head
+        body = n if config.tie_word_embeddings else inner
+    # the model; the adapter or the reference policy, and Adam's; the critic and Adam's for it
+    always = n * own + WITH_ADAM * (learns + ppo * body)
     # the loss and its gradient take 6.3 times the logits; the output matrix has a gradient, too
-    logits = 6.3 * FLOAT * LOGITS_AT_ONCE + head * FLOAT
+    logits = FLOAT * (6.3 * LOGITS_AT_ONCE + head)
     # a layer that is computed again, forward and backward
     layer = tokens * HALF * (11 * width + 8 * ffn)
-    residual = tokens * own * width * (layers + 1)
-    update = inner * HALF + learns * FLOAT + residual + max(logits, layer)
-    # one layer's keys and values are copied when a token is added, and repeated for all heads
-    cache = cached * 2 * keys * own * (layers + 1)
-    repeated = cached * 2 * width * (HALF if rank else FLOAT + HALF)
+    update = max(logits, layer)
+    # copies, gradients, the residual stream
+    update += inner * HALF + learns * FLOAT
+    update += tokens * own * width * (layers + 1)
     read = min(tokens, cached)
-    mlp = read * HALF * (4 if rank else 3) * ffn
-    rollout = body * HALF + cache + read * own * 5 * width + max(repeated, mlp)
+    mlp = read * HALF * ffn * mlps
+    # one layer's keys and values are copied when a token is added, and repeated for all heads
+    rollout = max(mlp, cached * 2 * width * copies)
+    # copies, the cache, prompts
+    rollout += body * HALF
+    rollout += cached * 2 * keys * own * (layers + 1)
+    rollout += read * own * 5 * width
     return always, update, rollout
+
+
+# trained, algo, options of predict
+CASES = [
+    ("all", "grpo", {}),
+    ("all", "ppo", {"ppo": 1}),
+    ("LoRA 32", "grpo", {"rank": 32}),
+    ("LoRA 32", "ppo", {"rank": 32, "ppo": 1}),
+]
 
 
 def main():
     print("GiB for 64 episodes, turns of up to 2,048 tokens, micro-batches of 16,384 tokens\n")
     print("model        trained algo   always  update rollout    peak  card")
     for name, config in SHAPES.items():
-        for rank, ppo in ((0, 0), (0, 1), (32, 0), (32, 1)):
-            always, update, rollout = predict(config, rank, ppo)
-            peak = always + max(update, rollout)
-            sizes = "".join(f"{n / 2**30:8.1f}" for n in (always, update, rollout, peak))
+        for trained, algo, options in CASES:
+            always, *phases = predict(config, **options)
+            peak = always + max(phases)
+            sizes = "".join(f"{n / 2**30:8.1f}" for n in (always, *phases, peak))
             # beside the sum a card needs 2 GiB for CUDA and for fragments
             fits = [f"{card} GB" for card in (24, 80) if peak + 2**31 < card * 10**9]
-            trained, algo = ("LoRA 32" if rank else "all"), ("ppo" if ppo else "grpo")
             print(f"{name:12} {trained:7} {algo:4} {sizes}  {[*fits, 'neither'][0]}")
 
 

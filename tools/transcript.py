@@ -8,13 +8,13 @@ both. The page runs no script and loads nothing, and whatever is in a file is sh
 
 import json
 import math
-import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from jinja2 import Environment
 
 from plot import DAMAGED, run_folders
+from support.report import read_arguments
 from support.run_folder import SetupError, damaged, one_line, write_whole
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Token entropy</title>
@@ -77,20 +77,18 @@ def render(runs):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"transcript.py: {message}; see --help\n")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder of some")
     parser.add_argument("--out", default="figures/transcript.html", help="the file to write")
-    args = parser.parse_args()
+    args = read_arguments(parser, "transcript.py")
     try:
         folders = [folder for path in args.runs for folder in run_folders(path)]
         paths = [sorted((folder / "transcripts").glob("step-*.json"))[-1:] for folder in folders]
         runs = [read_transcript(path) for last in paths for path in last]
         if not runs:
             raise SetupError(f"no transcripts/step-*.json in {', '.join(args.runs)}")
-        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         # a lone surrogate cannot be encoded
         page = render(runs).encode(errors="replace")
-        write_whole(args.out, lambda file: file.write(page))
+        write_whole(args.out, lambda file: file.write(page), mark=b"<title>Token entropy</title>")
         print(f"{args.out} has transcripts of {len(runs)} of {len(folders)} runs")
     except (SetupError, OSError) as error:
         sys.exit(f"transcript.py: {error}")

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from config import Config, check, decide, flag
 from envs import demonstration, make_world, world_class
 from policy import (
+    asked_for,
     choose_device,
     load_policy,
     load_weights,
@@ -36,7 +37,7 @@ from policy import (
 from rollout import Turn
 from support import run_folder
 from support.forward import micro_batches, pad
-from support.report import SPLITS, two_digits
+from support.report import SPLITS, read_arguments, two_digits
 from support.run_folder import SetupError, locked
 from train import draw_tasks, evaluate
 from worlds.alfworld import ALFWORLD_TASKS
@@ -78,19 +79,24 @@ def parse_arguments():
     # what is not given is left out
     style["argument_default"] = argparse.SUPPRESS
     parser = argparse.ArgumentParser(description=__doc__, **style)
-    parser.error = lambda message: parser.exit(2, f"warmstart.py: {message}; see --help\n")
     parser.add_argument("--env", choices=tuple(RECIPES), required=True)
     when = "success; default: both (before and after), of a tiny policy after"
     parser.add_argument("--measure", choices=("both", "after", "none"), help=when)
     for name, (kind, text) in FLAGS.items():
         parser.add_argument(flag(name), type=kind, help=text)
-    given = vars(parser.parse_args())
-    defaults = CHAT
-    if "model" not in given:
-        if idle := given.keys() - {"env", "out", "measure", "seed", "eval_episodes", "rare"}:
-            raise SetupError(f"{flag(min(idle))} does nothing without --model; leave it out")
-        defaults = RECIPES[given["env"]] | {"out": f"models/{given['env']}"}
+    given = vars(read_arguments(parser, "warmstart.py"))
+    chat, tiny = "model" in given, {"env", "out", "measure", "seed", "eval_episodes", "rare"}
+    for where, is_so, idle in (
+        ("without --model", not chat, given.keys() - tiny),
+        ("with --model", chat, given.keys() & {"rare"}),
+        ("with --measure none", given.get("measure") == "none", given.keys() & {"eval_episodes"}),
+    ):
+        if is_so and idle:
+            raise SetupError(f"{flag(min(idle))} does nothing {where}; leave it out")
+    defaults = CHAT if chat else RECIPES[given["env"]] | {"out": f"models/{given['env']}"}
     args = argparse.Namespace(**defaults | given)
+    if not 0 <= (getattr(args, "rare", None) or 0) <= 1:
+        raise SetupError("--rare must be between 0 and 1")
     for name in ("demos", "epochs", "batch"):
         if not 1 <= getattr(args, name, 1) <= 10**5:
             raise SetupError(f"{flag(name)} must be between 1 and 100000")
@@ -115,6 +121,8 @@ def warmstart(args):
         given |= {"model": within("start"), "device": "cpu"}
         if not os.path.exists(within("checkpoint.pt")):
             made = make_tiny(args, within("start"))
+    elif asked_for(args.model, args.env)["compact"]:
+        raise SetupError(f"{args.model} is a tiny policy; leave out --model to make one")
     else:
         given["think"] = "off"
     cfg = decide(given | {"out": folder})
@@ -122,8 +130,6 @@ def warmstart(args):
     torch.manual_seed(cfg.seed)
     how = (*choose_device(cfg.device, cfg.dtype), cfg.lora_rank, cfg.think, cfg.tokens_per_batch)
     policy = load_policy(cfg.model, cfg.env, *how)
-    if policy.compact and not tiny:
-        raise SetupError(f"{cfg.model} is a tiny policy; leave out --model to make one")
     with make_world(cfg, compact=True) as world:
         os.makedirs(within("transcripts"), exist_ok=True)
         with locked(folder):
