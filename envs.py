@@ -4,8 +4,9 @@ Each world is a file in worlds/: what it means, its class, its prompts, its demo
 yours with a copy of worlds/keyquest.py, the smallest, and add its line to WORLDS.
 """
 
-import importlib
+import pkgutil
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,8 +27,7 @@ ACTION_ALONE = "Reply with one action in <action>…</action> and nothing else."
 
 
 def world_class(env):
-    module, name = WORLDS[env].split(":")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(WORLDS[env])
 
 
 def make_world(cfg, compact):
@@ -62,7 +62,7 @@ class Observation:
     invalid: bool = False
 
 
-class World:
+class World(AbstractContextManager):
     """Many episodes side by side, one per slot; all that the rest of the code knows of a world.
 
     A subclass has these methods. Who plays which task is decided outside, so a group can share
@@ -134,10 +134,7 @@ class World:
         """Begin the work of reset(tasks) in the background, if there is any."""
 
     def close(self):
-        """Leave no process behind. Worlds are context managers, which call this."""
-
-    def __enter__(self):
-        return self
+        """Leave no process behind. A `with` block calls this at its end."""
 
     def __exit__(self, *_):
         self.close()
@@ -149,10 +146,10 @@ class World:
         for t in range(max(map(len, plans), default=0)):
             playing = [slot for slot, o in now.items() if o and not o.done and not o.invalid]
             actions = {slot: plans[slot][t] for slot in playing if t < len(plans[slot])}
-            for slot, action in actions.items():
-                past[slot].append((now[slot], action))
+            for slot in actions:
+                past[slot].append((now[slot], actions[slot]))
             now |= self.step(actions)
-        return [(now[slot], past[slot]) for slot in now]
+        return list(zip(now.values(), past))
 
     def plan(self, task):
         return self.gold(task) or []
@@ -190,7 +187,7 @@ class World:
     @staticmethod
     def parse_chat(text):
         """The action in a model's reply: what the last <action>…</action> holds, or None."""
-        actions = re.findall(r"<action>(.*?)</action>", text, re.DOTALL)
+        actions = re.findall(r"<action>(.*?)</action>", spoken(text), re.DOTALL)
         return " ".join(actions[-1].lower().split()) or None if actions else None
 
     @staticmethod
@@ -198,12 +195,19 @@ class World:
         return " ".join(text.split()) or None
 
 
-def templated(tokenizer, messages, system_role):
+def spoken(text):
+    """A reply without its thoughts, of which the last may be open still."""
+    return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
+
+
+def templated(tokenizer, messages, system_role, think):
     """The text of a prompt. system_role: the chat template has one; else all is the user's."""
     if not system_role:
         text = "\n\n".join(message["content"] for message in messages)
         messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # the switch of Qwen3 and others; a template that has none does not read it
+    more = {"add_generation_prompt": True, "enable_thinking": think}
+    return tokenizer.apply_chat_template(messages, tokenize=False, **more)
 
 
 def demonstration(prompt, past):

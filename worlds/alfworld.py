@@ -6,7 +6,7 @@ alfworld_workers.py and alfworld_engine.py make its engine fast, alfworld_genera
 import re
 
 from envs import Observation, Task, World, demonstration
-from support.run_folder import SetupError
+from support.run_folder import SetupError, one_line
 from worlds.alfworld_generate import SIZES
 from worlds.alfworld_workers import Workers, find_alfworld, find_games, list_games
 
@@ -62,8 +62,7 @@ class ALFWorld(World):
         """Every game of a split. Real ones are listed by their folders, and not read."""
         if self.games == "generated":
             return [Task(name, f"{split}/{i}") for name in self.names for i in range(SIZES[split])]
-        games = list_games(self.folder, self.splits[split], self.names)
-        return [Task(name, variation) for name, variation in games]
+        return [Task(*game) for game in list_games(self.folder, self.splits[split], self.names)]
 
     def game_of(self, task):
         """A file, or what to generate the game from."""
@@ -83,16 +82,17 @@ class ALFWorld(World):
         return self.begin(task, self.workers.restart(slot, self.game_of(task)))
 
     def begin(self, task, answer):
-        if isinstance(answer, str):
-            raise SetupError(
-                f"ALFWorld's game {self.game_of(task)} can't be played ({answer}); if it's a "
-                "damaged file, fetch the games again with `alfworld-download --force`"
-            )
         if answer is None:
             return None
-        intro, commands, _ = answer
+        # the text of a game that cannot be played says why
+        intro, commands, _ = (answer, (), False) if isinstance(answer, str) else answer
         pattern = r"you see (.*)\.\n\nYour task is to: (.*?)\.?\s*$"
-        room, goal = re.search(pattern, intro, re.DOTALL).groups()
+        found = re.search(pattern, intro, re.DOTALL)
+        if not found:
+            message = f"ALFWorld's game {self.game_of(task)} can't be played ({one_line(intro)})"
+            mend = "fetch the games again with `alfworld-download --force`"
+            raise SetupError(f"{message}; if it's a damaged file, {mend}")
+        room, goal = found.groups()
         reply, look = "You are in the middle of a room.", f"In the room are {room}."
         return Observation(goal, reply, look, "You are not carrying anything.", commands)
 
@@ -111,7 +111,7 @@ class ALFWorld(World):
         inventory = before.inventory
         if took := re.match("You pick up the (.*) from", reply):
             inventory = f"You are carrying: a {took[1]}."
-        elif reply.startswith("You move the "):
+        elif re.match("You (?:move|put) the ", reply):
             inventory = "You are not carrying anything."
         outcome = {"score": 100 * won, "done": won, "success": won}
         return Observation(before.goal, reply, before.look, inventory, commands, **outcome)
@@ -189,6 +189,8 @@ class ALFWorld(World):
 
 # an object or receptacle, such as "a drawer 2"
 THING = re.compile(r"\ba (\S+ \d+)")
+# games made before alfworld 0.4 say "You put the mug 1 in/on the desk 1."
+MOVED = re.compile(r"You (pick up|move|put) the (.*) (?:from|to|in/on|in|on) the (.*)\.")
 SIGHT = re.compile(r"(?:On the (\S+ \d+)|The (\S+ \d+) is open\. In it), you see (.*)")
 
 
@@ -201,10 +203,10 @@ def remembered(replies):
             contents.setdefault(here, [])
         if sight := SIGHT.search(reply):
             contents[sight[1] or sight[2]] = THING.findall(sight[3])
-        if moved := re.match(r"You (?:pick up|move) the (.*) (from|to) the (.*)\.", reply):
-            thing, way, place = moved.groups()
+        if moved := MOVED.match(reply):
+            verb, thing, place = moved.groups()
             contents[place] = [other for other in contents.get(place, []) if other != thing]
-            if way == "to":
+            if verb != "pick up":
                 contents[place].append(thing)
             state = ""
         elif changed := re.match("You (clean|heat|cool) ", reply):
@@ -217,14 +219,12 @@ def ranges(names):
     numbers = {}
     for name in names:
         kind, number = name.split()
-        numbers.setdefault(kind, []).append(int(number))
+        numbers.setdefault(kind, set()).add(int(number))
     texts = []
-    for kind, of_kind in numbers.items():
-        spans = []
-        firsts = sorted(n for n in of_kind if n - 1 not in of_kind)
-        lasts = sorted(n for n in of_kind if n + 1 not in of_kind)
-        for first, last in zip(firsts, lasts, strict=True):
-            spans.append(str(first) if first == last else f"{first}-{last}")
+    for kind, own in numbers.items():
+        firsts = sorted(own - {n + 1 for n in own})
+        lasts = sorted(own - {n - 1 for n in own})
+        spans = [f"{a}-{b}" if a < b else str(a) for a, b in zip(firsts, lasts, strict=True)]
         texts.append(" ".join([kind, *spans]))
     return ", ".join(texts)
 

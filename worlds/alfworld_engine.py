@@ -12,15 +12,17 @@ import multiprocessing
 import os
 import pickle
 import re
-import subprocess
+import shutil
 import sys
-import tempfile
 import zlib
 from contextlib import suppress
 from functools import lru_cache
 from multiprocessing.connection import Connection
+from pathlib import Path
+from subprocess import DEVNULL, Popen
 
 from support.run_folder import ROOT
+from worlds import private
 from worlds.alfworld_generate import generate
 
 
@@ -160,26 +162,24 @@ class Player:
     """
 
     def __init__(self):
+        # slot -> (environment, the game that it has read)
         self.envs = {}
-        # slot -> the game that its environment has read
-        self.loaded = {}
         self.read = lru_cache(64)(self.read)
 
     def read(self, game):
         """A game as a dict. game: a path, or (split, task type, index) of a generated one."""
         if isinstance(game, str):
-            with open(game) as file:
-                return json.load(file)
+            return json.loads(Path(game).read_bytes())
         return generate(*game)
 
     def play(self, slot, data):
         """Begin a game in a slot -> its first state."""
-        env = self.envs[slot] = self.envs.get(slot) or make_env()
-        if self.loaded.get(slot) is not data:
-            # until it is read: it may be a broken file
-            self.loaded[slot] = None
+        env, loaded = self.envs.get(slot) or (make_env(), None)
+        # until it is read: it may be a broken file
+        self.envs[slot] = env, None
+        if loaded is not data:
             env.load(data)
-            self.loaded[slot] = data
+        self.envs[slot] = env, data
         return env.reset()
 
     def answer(self, kind, slot, what):
@@ -192,7 +192,7 @@ class Player:
         if kind == "walkthrough":
             return self.read(what).get("walkthrough")
         if kind == "step":
-            state, *_ = self.envs[slot].step(what)
+            state, *_ = self.envs[slot][0].step(what)
         else:
             data = self.read(what)
             if data.get("solvable") is False:
@@ -202,18 +202,14 @@ class Player:
 
 
 def serve(connection):
-    """(In a worker.) Answer batches of requests until the other end is closed, or its process dead.
+    """(In a worker.) Answer batches of requests. A request that fails is answered with the reason.
 
-    A request that fails is answered with a line that says why.
+    Raises EOFError or OSError when the other end is closed, or its process dead.
     """
     speed_up()
     player = Player()
     while True:
-        try:
-            batch = connection.recv()
-        except EOFError:
-            return
-        answers = []
+        batch, answers = connection.recv(), []
         for request in batch:
             # nothing is sent before the answers: if there is something, the parent is gone
             if connection.poll():
@@ -245,19 +241,17 @@ class Worker:
         self.close()
         self.pipe, theirs = multiprocessing.Pipe()
         descriptor = theirs.fileno()
-        paths = filter(None, [ROOT, os.environ.get("PYTHONPATH")])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        # alfworld makes this folder when it is imported: not where the user's games should be
-        environment["ALFWORLD_DATA"] = tempfile.gettempdir()
+        self.folder = private.folder()
+        environment = private.environment()
+        paths = filter(None, [ROOT, environment.get("PYTHONPATH")])
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        # alfworld makes a folder when it is imported: not where the user's games should be
+        environment |= dict.fromkeys(("ALFWORLD_DATA", "TMPDIR"), self.folder.name)
         # -P: no module comes from the current folder. A session of its own: Ctrl-C is for us.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "worlds.alfworld_engine", str(descriptor)],
-            pass_fds=[descriptor],
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=environment,
-        )
+        command = [sys.executable, "-P", "-m", "worlds.alfworld_engine"]
+        command += [str(descriptor), self.folder.name]
+        how = dict(stdin=DEVNULL, stdout=DEVNULL, env=environment, start_new_session=True)
+        self.process = Popen(command, pass_fds=[descriptor], **how)
         theirs.close()
 
     def ask(self, batch):
@@ -282,9 +276,12 @@ class Worker:
             self.process.kill()
             self.process.wait()
             self.pipe.close()
+            self.folder.cleanup()
 
 
 if __name__ == "__main__":
-    # OSError: the parent is gone in the middle of a message
-    with suppress(OSError):
-        serve(Connection(int(sys.argv[1])))
+    descriptor, own_folder = sys.argv[1:]
+    with suppress(EOFError, OSError):
+        serve(Connection(int(descriptor)))
+    # so that nothing is left when the parent was killed
+    shutil.rmtree(own_folder, ignore_errors=True)

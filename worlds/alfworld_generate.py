@@ -8,8 +8,9 @@ receptacle type it must get to, or the lamp), never occur in training.
 """
 
 import random
+import re
 from functools import lru_cache
-from types import SimpleNamespace
+from pathlib import Path
 from typing import NamedTuple
 
 # games of each task type
@@ -87,49 +88,25 @@ class Goal(NamedTuple):
     copies: int
 
 
-@lru_cache(None)
 def rules():
     """ALFWorld's own tables. Not imported above: alfworld makes a folder when it is imported."""
     from alfworld.gen import constants
-    from alfworld.gen.goal_library import gdict
-    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 
-    with open(ALFRED_PDDL_PATH) as domain, open(ALFRED_TWL2_PATH) as grammar:
-        return SimpleNamespace(
-            domain=domain.read(),
-            grammar=grammar.read(),
-            goals=gdict,
-            # task type -> kinds of room
-            kinds=constants.GOALS_VALID,
-            # receptacle type -> the object types that it can hold
-            holds=constants.VAL_RECEPTACLE_OBJECTS,
-            # "Heatable" and so on -> object types
-            abilities=constants.VAL_ACTION_OBJECTS,
-            openable=constants.OPENABLE_CLASS_LIST,
-        )
+    return constants
 
 
 @lru_cache(None)
 def rooms(kind):
     """The 25 rooms of a kind, no two alike, each as {receptacle type: how many}."""
     rng = random.Random(kind)
+    furniture = [re.split("[:-]", entry) for entry in FURNITURE[kind].split()]
     result = []
     while len(result) < ALL_ROOMS:
-        room = draw_room(rng, FURNITURE[kind].split())
+        counts = {name: rng.randint(int(least), int(most)) for name, least, most in furniture}
+        room = {name: count for name, count in counts.items() if count}
         if room not in result:
             result.append(room)
     return result
-
-
-def draw_room(rng, furniture):
-    room = {}
-    for entry in furniture:
-        receptacle, limits = entry.split(":")
-        least, most = limits.split("-")
-        count = rng.randint(int(least), int(most))
-        if count:
-            room[receptacle] = count
-    return room
 
 
 def numbered(counts):
@@ -157,7 +134,9 @@ def generate(split, name, index):
 
 def draw(rng, split, name):
     """One try: a game, or None if its room has nothing to do."""
-    kind = rng.choice(sorted(rules().kinds[name]))
+    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+
+    kind = rng.choice(sorted(rules().GOALS_VALID[name]))
     first, last = (TRAIN_ROOMS, ALL_ROOMS) if split == "ood" else (0, TRAIN_ROOMS)
     number = rng.randrange(first, last)
     room = rooms(kind)[number]
@@ -172,8 +151,8 @@ def draw(rng, split, name):
     sentence, pddl = describe(rng, name, goal)
     solver = Solver(rng, room, place, homes)
     return {
-        "pddl_domain": rules().domain,
-        "grammar": rules().grammar.replace("UNKNOWN GOAL", sentence),
+        "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(),
+        "grammar": Path(ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", sentence),
         "pddl_problem": problem(room, place, pddl),
         "solvable": True,
         "walkthrough": solver.solve(goal),
@@ -190,10 +169,10 @@ def draw_goal(rng, split, name, kind, room):
     targets = [lamp] if lamp else room
     pairs = [(thing, target) for thing in things for target in targets]
     if not lamp:
-        holds = rules().holds
+        holds = rules().VAL_RECEPTACLE_OBJECTS
         pairs = [(thing, target) for thing, target in pairs if thing in holds[target]]
     if verb:
-        able = rules().abilities[f"{verb.capitalize()}able"]
+        able = rules().VAL_ACTION_OBJECTS[f"{verb.capitalize()}able"]
         others = [target for target in room if target != APPLIANCES[verb]]
         pairs = [pair for pair in pairs if pair[0] in able and pair[1] in others]
     pairs = [pair for pair in pairs if is_ood(*pair) == (split == "ood")]
@@ -209,10 +188,8 @@ def draw_counts(rng, kind, goal):
     counts = {goal.thing: rng.randint(goal.copies, goal.copies + 1)}
     if goal.lamp:
         counts[goal.lamp] = 1
-    number_of_others = rng.randint(5, 10)
-    for thing in rng.sample(things, number_of_others):
-        count = rng.randint(1, 2)
-        counts.setdefault(thing, count)
+    for thing in rng.sample(things, rng.randint(5, 10)):
+        counts.setdefault(thing, rng.randint(1, 2))
     return counts
 
 
@@ -220,7 +197,7 @@ def homes_of(thing, room, goal):
     """The receptacle types that a thing may lie in: for the goal's, not where it must get to."""
     if thing == goal.lamp:
         return [target for target in LAMP_PLACES if target in room]
-    possible = [target for target in room if thing in rules().holds[target]]
+    possible = [target for target in room if thing in rules().VAL_RECEPTACLE_OBJECTS[target]]
     return [target for target in possible if (thing, target) != (goal.thing, goal.target)]
 
 
@@ -236,7 +213,9 @@ def draw_places(rng, room, counts, homes):
 
 def describe(rng, name, goal):
     """The goal as the player reads it, and as the engine does."""
-    forms = rules().goals[name]
+    from alfworld.gen.goal_library import gdict
+
+    forms = gdict[name]
     lamp = (goal.lamp or "").lower()
     sentence = rng.choice(forms["templates"])
     sentence = sentence.format(obj=goal.thing.lower(), recep=goal.target.lower(), toggle=lamp)
@@ -258,14 +237,14 @@ def problem(room, place, goal):
     objects += [f"{kind}Type - otype" for kind in kinds]
     facts = ["(= (total-cost) 0)", "(atLocation agent1 loc_bar_0)"]
     for target in room:
-        fitting = [kind for kind in kinds if kind in rules().holds[target]]
+        fitting = [kind for kind in kinds if kind in rules().VAL_RECEPTACLE_OBJECTS[target]]
         facts += [f"(canContain {target}Type {kind}Type)" for kind in fitting]
     for there, where in location.items():
         name = there.identifier
         objects += [f"{name} - receptacle", f"{where} - location"]
         facts.append(f"(receptacleType {name} {there.kind}Type)")
         facts.append(f"(receptacleAtLocation {name} {where})")
-        if there.kind in rules().openable:
+        if there.kind in rules().OPENABLE_CLASS_LIST:
             facts.append(f"(openable {name})")
     for thing, there in place.items():
         name = thing.identifier
@@ -273,7 +252,7 @@ def problem(room, place, goal):
         facts.append(f"(objectType {name} {thing.kind}Type)")
         facts.append(f"(inReceptacle {name} {there.identifier})")
         facts.append(f"(objectAtLocation {name} {location[there]})")
-        able = [ability for ability in ABILITIES if thing.kind in rules().abilities[ability]]
+        able = [a for a in ABILITIES if thing.kind in rules().VAL_ACTION_OBJECTS[a]]
         facts += [f"({ability.lower()} {name})" for ability in able]
         if "Toggleable" not in able:
             facts.append(f"(pickupable {name})")
@@ -333,6 +312,6 @@ class Solver:
     def look_into(self, there):
         """Go there, and open it if it is closed."""
         self.go(there)
-        if there.kind in rules().openable and there not in self.opened:
+        if there.kind in rules().OPENABLE_CLASS_LIST and there not in self.opened:
             self.opened.add(there)
             self.plan.append(f"open {there}")

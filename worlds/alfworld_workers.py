@@ -22,10 +22,9 @@ def require_packages():
         return
     major, minor, *_ = sys.version_info
     if (major, minor) > (3, 12):
-        raise SetupError(
-            f"ALFWorld needs Python 3.11 or 3.12, and this is {major}.{minor}, for which there is "
-            "no fast-downward-textworld; install the project anew with one of those"
-        )
+        message = f"ALFWorld needs Python 3.11 or 3.12, and this is {major}.{minor}"
+        why = "for which there is no fast-downward-textworld"
+        raise SetupError(f"{message}, {why}; install the project anew with one of those")
     raise SetupError("ALFWorld is not installed: `pip install -r requirements.txt`")
 
 
@@ -39,10 +38,9 @@ def find_alfworld():
     if os.path.isdir(folder):
         return folder
     if data:
-        raise SetupError(
-            f"ALFWORLD_DATA is {data!r}, but there is no folder json_2.1.1 in it; fetch the games "
-            "with `alfworld-download`, or unset ALFWORLD_DATA"
-        )
+        message = f"ALFWORLD_DATA is {data!r}, but there is no folder json_2.1.1 in it"
+        mend = "fetch the games with `alfworld-download`, or unset ALFWORLD_DATA"
+        raise SetupError(f"{message}; {mend}")
 
 
 def find_games(games):
@@ -50,10 +48,9 @@ def find_games(games):
     require_packages()
     folder = None if games == "generated" else find_alfworld()
     if games == "real" and folder is None:
-        raise SetupError(
-            "no ALFWorld games found in ~/.cache/alfworld; fetch them with `alfworld-download`, "
-            "set ALFWORLD_DATA to where they are, or use --games generated"
-        )
+        mend = "fetch them with `alfworld-download`, set ALFWORLD_DATA to where they are"
+        message = f"no ALFWorld games found in ~/.cache/alfworld; {mend}"
+        raise SetupError(f"{message}, or use --games generated")
     return folder
 
 
@@ -100,7 +97,7 @@ class Workers:
         # the members of a group share a worker: what it has read once serves them all
         distinct = dict.fromkeys(games)
         self.owners = {game: i % len(self.workers) for i, game in enumerate(distinct)}
-        batches = {}
+        self.homes, batches = {}, {}
         for slot, game in enumerate(games):
             worker = self.owners[game]
             batch = batches.setdefault(worker, [])
@@ -115,15 +112,11 @@ class Workers:
         if self.pending[0] != games:
             self.prefetch(games)
         answers = self._collect()
-        homes = [self.homes[slot] for slot in range(len(games))]
-        return [answers[worker][number] for worker, number in homes]
+        return [answers[worker][number] for worker, number in self.homes.values()]
 
     def restart(self, slot, game):
-        if slot not in self.homes:
-            worker = slot % len(self.workers)
-            taken = [number for other, number in self.homes.values() if other == worker]
-            self.homes[slot] = worker, max(taken, default=-1) + 1
-        worker, number = self.homes[slot]
+        # beside those that reset began, in an environment of its own
+        worker, number = self.homes.setdefault(slot, (slot % len(self.workers), f"slot {slot}"))
         # a worker that died has a successor
         for _ in range(2):
             if answers := self._ask({worker: [("load", number, game)]})[worker]:
@@ -144,6 +137,9 @@ class Workers:
         return after
 
     def _ask(self, batches):
+        # a prefetch that nobody waited for would answer first
+        if self.pending[1]:
+            self._collect()
         for worker, batch in batches.items():
             self.workers[worker].ask(batch)
         return {worker: self.workers[worker].answers() for worker in batches}
@@ -152,14 +148,12 @@ class Workers:
         """The answers to a prefetch, by worker."""
         (_, batches), self.pending = self.pending, (None, {})
         answers = {worker: self.workers[worker].answers() for worker in batches}
-        for worker, batch in batches.items():
-            # it died, perhaps long ago: again in its successor
-            for _ in range(2):
-                if answers[worker] is None:
-                    answers |= self._ask({worker: batch})
-            if answers[worker] is None:
-                raise SetupError(
-                    "a process that plays ALFWorld died three times while it loaded games; see "
-                    "whether the machine has memory left, or play fewer --tasks-per-step"
-                )
+        for _ in range(2):
+            # they died, perhaps long ago: again in their successors
+            lost = {worker: batches[worker] for worker in batches if answers[worker] is None}
+            answers |= self._ask(lost)
+        if None in answers.values():
+            message = "a process that plays ALFWorld died three times while it loaded games"
+            mend = "see whether the machine has memory left, or play fewer --tasks-per-step"
+            raise SetupError(f"{message}; {mend}")
         return answers

