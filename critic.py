@@ -70,19 +70,17 @@ class Critic:
 def gae(values, rewards, last, discount=1.0, gae_lambda=1.0):
     """Generalized advantage estimation over turns, A_t = Σ_l (γλ)^l δ_(t+l).
 
-    δ_t = r_t + γ·V_(t+1) - V_t. values, rewards (N,): the turns of an episode one after the other,
-    episode after episode; last (N,): True at an episode's last turn, after which V is 0. -> (N,)
+    δ_t = r_t + γ·V_(t+1) - V_t. values, rewards (N,): turn after turn and episode after episode;
+    last (N,): True at an episode's last turn, after which V is 0. -> (N,)
     A_t + V_t is what the critic learns. γ and λ are discount and gae_lambda, not those of EPO.
     """
     advantages = torch.zeros_like(values)
-    next_advantage, next_value = 0.0, 0.0
     for t in reversed(range(len(values))):
         if last[t]:
             next_advantage, next_value = 0.0, 0.0
         delta = rewards[t] + discount * next_value - values[t]
-        next_advantage = delta + discount * gae_lambda * next_advantage
-        next_value = values[t]
-        advantages[t] = next_advantage
+        advantages[t] = delta + discount * gae_lambda * next_advantage
+        next_advantage, next_value = advantages[t], values[t]
     return advantages
 
 
@@ -92,8 +90,8 @@ def ppo_advantages(values, returns, owner, cfg):
     values (N,), owner (N,): the episode of a turn, returns (B,) of the episodes. Each episode has
     the same share of the mean and the standard deviation, as it has in Eq. 2.
     """
-    # True at the last turn of an episode
-    last = torch.cat([owner[1:] != owner[:-1], torch.tensor([True])])
+    # at the last turn of an episode the next one is of another, or there is none
+    last = owner.diff(append=owner[-1:] + 1) != 0
     rewards = torch.zeros_like(values)
     rewards[last] = returns
     raw = gae(values, rewards, last, cfg.discount, cfg.gae_lambda)
@@ -117,7 +115,7 @@ def explained_variance(values, targets):
 
 
 def update_critic(critic, optimizer, turns, old_values, targets, cfg):
-    """One pass over the step's turns in cfg.critic_minibatches updates. -> what is logged."""
+    """One pass over the step's turns in cfg.critic_minibatches updates. -> what is logged"""
     total, norms = 0.0, []
     with critic.adapter():
         for part in torch.randperm(len(turns)).chunk(cfg.critic_minibatches):

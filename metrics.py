@@ -3,18 +3,14 @@
 The terms of the loss are named in epo.py. Who reads a log takes the columns that it has.
 """
 
-import itertools
 import math
-import statistics
+from itertools import pairwise
+from statistics import pstdev
+
+import numpy as np
 
 # bins of the token entropies of a step, in nats, finer near 0; the last one has no upper end
 ENTROPY_EDGES = [12 * (i / 32) ** 2 for i in range(33)]
-
-
-def table(rows):
-    """A log's rows -> {column: its value in each row, None where there is none}."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def mean(values):
@@ -23,22 +19,24 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
+def means(pairs):
+    """(key, number) pairs -> {key: the mean of its numbers}, the keys in order."""
+    numbers = {}
+    for key, number in pairs:
+        numbers.setdefault(key, []).append(number)
+    return {key: mean(numbers[key]) for key in sorted(numbers)}
+
+
 def episode_metrics(episodes, turn_limit):
     """What the episodes of a step say of the policy that played them."""
     turns = [turn for episode in episodes for turn in episode.turns]
-    failed = [episode for episode in episodes if not episode.success]
-    failed_early = [episode for episode in failed if len(episode.turns) < turn_limit]
-    by_turn = {}
-    for turn in turns:
-        by_turn.setdefault(turn.index, []).append(mean(turn.entropy))
-    won = [episode.success for episode in episodes]
-    scores = [episode.score for episode in episodes]
+    by_turn = means((turn.index, mean(turn.entropy)) for turn in turns)
     return {
-        "success": mean(won),
-        "failed_early": len(failed_early) / len(episodes),
-        "score": mean(scores),
+        "success": mean(episode.success for episode in episodes),
+        "failed_early": mean(not e.success and len(e.turns) < turn_limit for e in episodes),
+        "score": mean(episode.score for episode in episodes),
         "invalid": mean(turn.invalid for turn in turns),
-        "entropy_by_turn": [mean(by_turn[t]) for t in sorted(by_turn)],
+        "entropy_by_turn": list(by_turn.values()),
         "episodes": len(episodes),
         "turns": len(turns),
         "tokens": sum(len(turn.response) for turn in turns),
@@ -48,47 +46,39 @@ def episode_metrics(episodes, turn_limit):
 
 def group_metrics(episodes, returns):
     """uniform: the share of the groups whose returns are all equal, which have no advantage."""
-    by_task = {}
-    for episode, value in zip(episodes, returns.tolist(), strict=True):
-        by_task.setdefault(episode.task, set()).add(value)
-    uniform = [len(values) == 1 for values in by_task.values()]
-    return {"groups": len(uniform), "uniform": mean(uniform), "reward": mean(returns.tolist())}
+    rewards, different = returns.tolist(), {}
+    for episode, reward in zip(episodes, rewards):
+        different.setdefault(episode.task, set()).add(reward)
+    uniform = [len(group) == 1 for group in different.values()]
+    return {"groups": len(uniform), "uniform": mean(uniform), "reward": mean(rewards)}
 
 
 def evaluation_metrics(split, episodes, lost):
     """What the evaluation of a split says; of a split whose episodes were all lost, None."""
-    turns = [turn for episode in episodes for turn in episode.turns]
-    won = [episode.success for episode in episodes]
-    by_task = {}
-    for episode in episodes:
-        by_task.setdefault(episode.task.name, []).append(episode.success)
-    row = {
-        "success": mean(won),
-        "by_task": {name: mean(by_task[name]) for name in sorted(by_task)},
-        "lost": lost,
-        "invalid": mean(turn.invalid for turn in turns),
+    return {
+        f"{split}_success": mean(episode.success for episode in episodes),
+        f"{split}_by_task": means((episode.task.name, episode.success) for episode in episodes),
+        f"{split}_lost": lost,
+        f"{split}_invalid": mean(turn.invalid for episode in episodes for turn in episode.turns),
     }
-    return {f"{split}_{name}": value for name, value in row.items()}
 
 
 def token_metrics(batch, cap):
     """Where the entropy is, weighted as Eq. 2: its distribution over the bins of ENTROPY_EDGES, and
     for the first token of a response and for the rest its mean, and the share above the cap.
     """
-    # plot.py reads this file, and needs no torch
-    import torch
-
-    edges = torch.tensor(ENTROPY_EDGES)
-    bins = torch.bucketize(batch.entropy, edges[1:-1], right=True)
-    histogram = batch.weights.new_zeros(len(edges) - 1).index_add(0, bins, batch.weights)
-    row = {"entropy_histogram": [round(share, 6) for share in histogram.tolist()]}
-    first = torch.cat([torch.tensor([True]), batch.turn[1:] != batch.turn[:-1]])
+    entropy, weights = batch.entropy.numpy(), batch.weights.numpy()
+    edges = [*ENTROPY_EDGES[:-1], math.inf]
+    histogram, _ = np.histogram(entropy, edges, weights=weights)
+    row = {"entropy_histogram": histogram.round(6).tolist()}
+    # the token before a first one is of another turn
+    first = np.diff(batch.turn, prepend=-1) != 0
     for name, chosen in {"first": first, "rest": ~first}.items():
-        entropy, weights = batch.entropy[chosen], batch.weights[chosen]
-        share = weights / weights.sum()
-        nats, above = (share * entropy).sum(), (share * (entropy > cap)).sum()
-        row[f"{name}_entropy"] = nats.item() if len(share) else None
-        row[f"{name}_above"] = above.item() if len(share) else None
+        share = weights * chosen
+        total = share.sum()
+        # responses of one token have no rest
+        row[f"{name}_entropy"] = (share @ entropy / total).item() if total else None
+        row[f"{name}_above"] = (share @ (entropy > cap) / total).item() if total else None
     return row
 
 
@@ -115,14 +105,11 @@ def summary(rows, last):
     the mean of the `last` last ones, for iid and ood. jump: std of the changes of H̄_k, in nats;
     highest: its maximum.
     """
-    log = table(rows)
-    numbers_of = lambda name: [x for x in log.get(name, []) if type(x) in (int, float)]
+    # a step has no evaluation, and one whose episodes were all lost no success
+    numbers_of = lambda name: [row[name] for row in rows if type(row.get(name)) in (int, float)]
     entropy = numbers_of("entropy")
-    changes = [after - before for before, after in itertools.pairwise(entropy)]
-    numbers = {
-        "jump": statistics.pstdev(changes) if changes else 0.0,
-        "highest": max(entropy, default=0.0),
-    }
+    changes = [after - before for before, after in pairwise(entropy)]
+    numbers = {"jump": pstdev(changes or [0.0]), "highest": max(entropy, default=0.0)}
     for split in ("iid", "ood"):
         success = numbers_of(f"{split}_success")
         of_split = {

@@ -3,10 +3,10 @@
 import copy
 import math
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
+from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate as cosine_schedule
 
 from critic import Critic
 from epo import corridor, decayed_weights, epo_loss, shaped_advantages, token_weights
@@ -34,27 +34,26 @@ def make_learner(cfg, policy):
     if cfg.kl_coef and not cfg.lora_rank:
         policy.reference = copy.deepcopy(policy.model).requires_grad_(False)
     optimizer = make_optimizer(trained(policy.model), cfg.lr, cfg.weight_decay)
-    if cfg.algo == "grpo":
-        return Learner(policy, optimizer, None, None, [])
-    critic = Critic(policy.model, cfg.lora_rank)
-    critic_optimizer = make_optimizer(critic.trained(), cfg.critic_lr, cfg.weight_decay)
-    return Learner(policy, optimizer, critic, critic_optimizer, [])
+    critic = critic_optimizer = None
+    if cfg.algo == "ppo":
+        critic = Critic(policy.model, cfg.lora_rank)
+        critic_optimizer = make_optimizer(critic.trained(), cfg.critic_lr, cfg.weight_decay)
+    return Learner(policy, optimizer, critic, critic_optimizer, history=[])
 
 
-def make_optimizer(parameters, lr, weight_decay, fused=True):
+def make_optimizer(parameters, lr, weight_decay):
     """AdamW with all of its state from the beginning, as a checkpoint is compared with it."""
-    adamw = torch.optim.AdamW(parameters.values(), lr, weight_decay=weight_decay, fused=fused)
+    adamw = torch.optim.AdamW(parameters.values(), lr, weight_decay=weight_decay, fused=True)
     # a schedule that goes on needs it
     adamw.param_groups[0]["initial_lr"] = lr
     for p in parameters.values():
-        step = torch.tensor(0.0, device=p.device if fused else "cpu")
         moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-        adamw.state[p] = {"step": step, **moments}
+        adamw.state[p] = {"step": torch.tensor(0.0, device=p.device), **moments}
     return adamw
 
 
 def load_optimizer(optimizer, saved):
-    """Put a checkpoint's state, which is like its own (`unlike`), into a new optimizer."""
+    """Put a checkpoint's state, which is of the form of its own, into a new optimizer."""
     groups = optimizer.state_dict()["param_groups"]
     # its own zeros would take memory beside it
     optimizer.state.clear()
@@ -63,13 +62,10 @@ def load_optimizer(optimizer, saved):
 
 def make_schedules(cfg, learner, first):
     """Linear warm-up, then a cosine to min_lr · lr, for the policy and the critic."""
-    optimizers = [learner.optimizer]
-    if learner.critic is not None:
-        optimizers.append(learner.critic_optimizer)
     warmup = math.ceil(cfg.warmup * cfg.steps)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup_lr_rate
     more = {"min_lr_rate": cfg.min_lr, "last_epoch": first - 1}
-    return [schedule(optimizer, warmup, cfg.steps, **more) for optimizer in optimizers]
+    optimizers = filter(None, [learner.optimizer, learner.critic_optimizer])
+    return [cosine_schedule(optimizer, warmup, cfg.steps, **more) for optimizer in optimizers]
 
 
 @dataclass
@@ -88,8 +84,8 @@ class Batch:
     # in Eq. 2's average
     weights: torch.Tensor
 
-    def select(self, rows):
-        return Batch(*(getattr(self, f.name)[rows] for f in fields(self)))
+    def select(self, rows, device="cpu"):
+        return Batch(*(column[rows].to(device) for column in vars(self).values()))
 
 
 def make_batch(turns, owner, advantages, cfg):
@@ -119,13 +115,12 @@ def update(learner, turns, batch, history_mean, beta_k, cfg, bar):
     rows_of = torch.arange(len(batch.turn)).split(torch.bincount(batch.turn).tolist())
     order = torch.randperm(int(batch.episode.max()) + 1)
     parts = min(cfg.minibatches, len(order))
+    batch = replace(batch, weights=batch.weights * parts)
     losses, norms = {}, []
     for part in range(parts):
-        chosen = torch.isin(batch.episode, order[part::parts])
-        chosen_turns = batch.turn[chosen].unique().tolist()
-        for micro in micro_batches(turns, chosen_turns, cfg.tokens_per_batch):
+        chosen = batch.turn[torch.isin(batch.episode, order[part::parts])].unique()
+        for micro in micro_batches(turns, chosen.tolist(), cfg.tokens_per_batch):
             of_micro = batch.select(torch.cat([rows_of[i] for i in micro]))
-            of_micro.weights = of_micro.weights * parts
             played = [turns[i] for i in micro]
             terms = add_gradient(learner.policy, played, of_micro, history_mean, beta_k, cfg)
             losses = {name: losses.get(name, 0.0) + terms[name] / parts for name in terms}
@@ -145,8 +140,7 @@ def add_gradient(policy, turns, batch, history_mean, beta_k, cfg):
     The loss is a sum over tokens, so it goes back to the last hidden states for a few hundred of
     them at a time, and from there through the model once. A (T, V) matrix never exists whole.
     """
-    device = policy.model.device
-    reference_states = policy.reference_states(turns) if cfg.kl_coef else None
+    reference = policy.reference_states(turns) if cfg.kl_coef else None
     hidden = response_states(policy.model, turns)  # (T, d)
     states = hidden.detach().requires_grad_()
     # as exact as the log-probs will be; not every device has float64
@@ -155,12 +149,10 @@ def add_gradient(policy, turns, batch, history_mean, beta_k, cfg):
     at_once = max(LOGITS_AT_ONCE // len(policy.model.get_output_embeddings().weight), 1)
     total = {}
     for rows in torch.arange(len(batch.tokens)).split(at_once):
-        few = Batch(*(x.to(device) for x in vars(batch.select(rows)).values()))
-        # before the graph of the policy's own log-probs takes memory
-        reference_logp = None
+        few, reference_logp = batch.select(rows, hidden.device), None
         if cfg.kl_coef:
-            read = (reference_states[rows], few.tokens, cfg.temperature)
-            reference_logp = policy.reference_logp(*read)
+            # before the graph of the policy's own log-probs takes memory
+            reference_logp = policy.reference_logp(reference[rows], few.tokens, cfg.temperature)
         logp, entropy = score_tokens(policy.model, states[rows], few.tokens, cfg.temperature)
         loss, terms = batch_loss(logp, entropy, few, reference_logp, history_mean, beta_k, cfg)
         loss.backward()
@@ -171,8 +163,7 @@ def add_gradient(policy, turns, batch, history_mean, beta_k, cfg):
 
 def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
     """Eq. 6 of a batch, with the paper's ablations where they are on. -> loss, its terms"""
-    weights, advantages = batch.weights, batch.advantages
-    entropy_weights = None
+    weights, advantages, entropy_weights = batch.weights, batch.advantages, None
     if cfg.shaping:
         advantages = shaped_advantages(advantages, entropy, cfg.shaping)
     if cfg.entropy_decay:
@@ -181,12 +172,11 @@ def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
         logp=logp, old_logp=batch.old_logp,
         entropy=entropy,
         advantages=advantages,
-        weights=weights,
+        weights=weights, entropy_weights=entropy_weights,
         history_mean=history_mean, beta_k=beta_k,
         entropy_coef=cfg.entropy_coef,
         kappa_l=cfg.kappa_l, kappa_r=cfg.kappa_r, alpha=cfg.alpha,
         smoothing=cfg.smoothing, clip=cfg.clip, clip_high=cfg.clip_high,
-        entropy_weights=entropy_weights,
         reference_logp=reference_logp, kl_coef=cfg.kl_coef,
     )  # fmt: skip
     floor, cap = corridor(history_mean, cfg.kappa_l, cfg.kappa_r)
