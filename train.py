@@ -22,7 +22,7 @@ from critic import ppo_advantages, update_critic
 from envs import make_world
 from epo import adaptive_coef, beta, corridor, entropy_loss, group_advantages, mean_of_history
 from policy import choose_device, load_policy, load_weights, save_model, trained
-from rollout import collect
+from rollout import collect, prove
 from support import report, run_folder
 from support.report import SPLITS, progress
 from support.run_folder import ANOTHER, SetupError, damaged, one_line
@@ -38,6 +38,7 @@ def train(cfg):
     device, dtype = choose_device(cfg.device, cfg.dtype)
     how = (device, dtype, cfg.lora_rank, cfg.think, cfg.tokens_per_batch)
     policy = load_policy(cfg.model, cfg.env, *how)
+    prove(policy)
     with make_world(cfg, policy.compact) as world:
         train_tasks = world.tasks("train")
         eval_tasks = {s: draw_tasks(world.tasks(s), cfg.eval_episodes, 0) for s in SPLITS}
@@ -247,10 +248,8 @@ def begin_or_resume(cfg, learner, eval_tasks):
         raise damaged(path, f"it is not of --algo {cfg.algo}, which config.json names")
     # a number for each step; the last row of a log is an evaluation
     learner.history = [0.0] * min(saved["step"], cfg.steps, len(saved["history"]) + 1)
-    own = state_of(learner, 0)
-    for name in {**own, **saved}:
-        if run_folder.form(saved.get(name)) != run_folder.form(own.get(name)):
-            raise damaged(path, f"its {name!r:.30} is not of the form that this run has")
+    if run_folder.form(saved) != run_folder.form(state_of(learner, 0)):
+        raise damaged(path, "its names, types, lengths or shapes are not those of this run")
     if not run_folder.is_metric(saved["history"]):
         raise damaged(path, "its history is not finite")
     learner.history = saved["history"]

@@ -34,7 +34,7 @@ from policy import (
     score_tokens,
     trained,
 )
-from rollout import Turn
+from rollout import Turn, prove
 from support import run_folder
 from support.forward import micro_batches, pad
 from support.report import SPLITS, read_arguments, two_digits
@@ -130,6 +130,7 @@ def warmstart(args):
     torch.manual_seed(cfg.seed)
     how = (*choose_device(cfg.device, cfg.dtype), cfg.lora_rank, cfg.think, cfg.tokens_per_batch)
     policy = load_policy(cfg.model, cfg.env, *how)
+    prove(policy)
     with make_world(cfg, compact=True) as world:
         os.makedirs(within("transcripts"), exist_ok=True)
         with locked(folder):
