@@ -173,8 +173,9 @@ def decide(given):
     folder, then the world, then the defaults. A resumed or evaluated run takes them from its
     config.json. Raises SetupError.
     """
-    if unnamed := [name for name in ("out", "evaluate") if given.get(name) == ""]:
-        raise SetupError(f"--{unnamed[0]} is empty; leave it out, or name what you mean")
+    for name in ("out", "evaluate"):
+        if given.get(name) == "":
+            raise SetupError(f"--{name} is empty; leave it out, or name what you mean")
     if given.get("preset") not in (None, *PRESETS):
         raise SetupError(f"unknown preset {given['preset']!r}; there are: {', '.join(PRESETS)}")
     if given.get("resume") or "evaluate" in given:
@@ -251,12 +252,17 @@ def saved_settings(given):
 LARGEST = 10**12
 MOST_EPISODES = 10**6
 # the least and the largest value of a number; else up to LARGEST, from 0.0 or from 1
-BOUNDS = dict.fromkeys("discount gae_lambda entropy_decay warmup min_lr".split(), (0, 1))
-# colder than 0.05, float32 cannot hold the KL, or the logits
-BOUNDS |= {"temperature": (0.05, 100), "eval_temperature": (0.01, 100)}
-BOUNDS |= dict.fromkeys("clip clip_high value_clip grad_clip".split(), (1e-9, LARGEST))
-# no layer is wider; torch's seeds stay in range
-BOUNDS |= {"lora_rank": (0, 10**5), "seed": (0, LARGEST - 1), "eval_episodes": (1, MOST_EPISODES)}
+BOUNDS = {
+    # colder, float32 cannot hold the KL, or the logits
+    "temperature": (0.05, 100),
+    "eval_temperature": (0.01, 100),
+    # no layer is wider, and torch's seeds stay in range
+    "lora_rank": (0, 10**5),
+    "seed": (0, LARGEST - 1),
+    "eval_episodes": (1, MOST_EPISODES),
+    **dict.fromkeys("discount gae_lambda entropy_decay warmup min_lr".split(), (0, 1)),
+    **dict.fromkeys("clip clip_high value_clip grad_clip".split(), (1e-9, LARGEST)),
+}
 
 
 def flag(name):
@@ -266,17 +272,16 @@ def flag(name):
 def check(cfg):
     """Refuse what cannot work, before any work starts; None is not decided yet. SetupError."""
     for name, (types, choices) in ALLOWED.items():
-        value = vars(cfg)[name]
-        low, high = BOUNDS.get(name, (int(type(value) is int), LARGEST))
+        what, value = flag(name), vars(cfg)[name]
+        low, high = BOUNDS.get(name, (type(value) is int, LARGEST))
         if type(value) not in types:
-            raise SetupError(f"{flag(name)} {value!r:.30} is not of type {types[0].__name__}")
+            raise SetupError(f"{what} {value!r:.30} is not of type {types[0].__name__}")
         if choices and value not in (*choices, None):
-            raise SetupError(f"{flag(name)} {value!r:.30} is not one of {', '.join(choices)}")
+            raise SetupError(f"{what} {value!r:.30} is not one of {', '.join(choices)}")
         no_cap = (name, value) == ("kappa_r", math.inf)
         # also of nan, which is not above anything
         if type(value) in (int, float) and not (low <= value <= high or no_cap):
-            between = f"must be between {low:g} and {high:g}"
-            raise SetupError(f"{flag(name)} {between}, not {value!r:.30}")
+            raise SetupError(f"{what} must be between {low:g} and {high:g}, not {value!r:.30}")
     episodes = cfg.tasks_per_step * cfg.group_size
     if episodes > MOST_EPISODES:
         raise SetupError(f"--tasks-per-step times --group-size must be at most {MOST_EPISODES}")
@@ -310,15 +315,17 @@ def refuse_idle(given, cfg, compact):
 
     To switch off what is off is no mistake. compact: a tiny policy plays.
     """
-    idle = {"think": "a tiny policy"} if compact else {}
-    for (name, value), names in IDLE.items():
-        if vars(cfg)[name] == value:
-            idle |= dict.fromkeys(names.split(), f"{flag(name)} {value}")
+    idle, values = {}, dict(vars(cfg))
+    if compact:
+        idle["think"] = "a tiny policy"
     if cfg.entropy_target is not None:
-        idle = {name: where for name, where in idle.items() if where != "--entropy-coef 0"}
-        idle["entropy_coef"] = "--entropy-target"
-    if cfg.evaluate is not None:
-        idle |= dict.fromkeys(ALLOWED.keys() - EVALUATION.split(), "--evaluate")
+        # λ is not what entropy_coef says
+        idle["entropy_coef"], values["entropy_coef"] = "--entropy-target", None
+    if cfg.evaluate:
+        idle |= dict.fromkeys(values.keys() - EVALUATION.split(), "--evaluate")
+    for (name, value), names in IDLE.items():
+        if values[name] == value:
+            idle |= dict.fromkeys(names.split(), f"{flag(name)} {value}")
     for name, value in given.items():
         if name in idle and value is not None and (value != "off" or name == "think"):
             raise SetupError(f"{flag(name)} does nothing with {idle[name]}; leave it out")

@@ -25,6 +25,7 @@ from trl.chat_template_utils import supports_tool_calling
 from config import Env
 from envs import Task, world_class
 from epo import beta, mean_of_history, smoothing_loss, token_weights
+from support.report import read_arguments
 from support.run_folder import SetupError, one_line
 from train import draw_tasks
 
@@ -226,14 +227,12 @@ def train(config):
 
 def main():
     parser = HfArgumentParser(EPOConfig, allow_abbrev=False)
-    # one line, not a page of usage
-    parser.error = lambda error: sys.exit(f"epo_trl.py: {one_line(error)}")
     parser.set_defaults(**PAPER | FIXED)
     try:
-        train(EPOConfig(**vars(parser.parse_args())))
+        train(EPOConfig(**vars(read_arguments(parser, "epo_trl.py"))))
     # TRL's own are ValueErrors; a flag of its can need a package, such as vLLM
     except (SetupError, ValueError, OSError, ImportError) as error:
-        parser.error(error)
+        sys.exit(f"epo_trl.py: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ CHECKPOINTS += [state(step="x"), state(model=[]), lambda path: (path.unlink(), p
 CHECKPOINTS += [edit(lambda data: data[: len(data) // 2]), edit(lambda data: data[:-1])]
 DAMAGES = {"config.json": CONFIGS, "log.jsonl": LOGS, "checkpoint.pt": CHECKPOINTS}
 NO_CONFIG, NO_CHECKPOINT = "config.json cannot be read (", "checkpoint.pt cannot be read ("
-NOT_THESE = "the checkpoint's parameters are not this model's"
+NOT_THESE = "checkpoint.pt cannot be read (its names, types, lengths or shapes"
 ROWS = "log.jsonl cannot be read (it has {} rows, but the checkpoint goes on at step {})"
 BAD_SETTINGS = dict(algo="EPO", env="x", turns=[4], steps=0, lr="high", seed=10**400, out=5)
 BAD_SETTINGS |= dict(gamma=10**400, clip=float("nan"))
