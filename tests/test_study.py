@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_faults import call, no_process_is_left, refuses  # noqa: F401
+from test_faults import no_process_is_left, refuses  # noqa: F401
 
 import plot
 import train
@@ -252,7 +252,7 @@ def test_a_table_that_is_read_and_written_is_the_same(tmp_path):
 
 def test_a_stopped_study_goes_on(tmp_path, monkeypatch):
     at, running = declare(tmp_path, drawn=["a"]), tmp_path / "x.running"
-    sleep = time.sleep
+    sleep, stopped = time.sleep, []
 
     def stop_after_a_step(seconds):
         if list(running.glob("a-seed0/log.jsonl")):
@@ -263,16 +263,16 @@ def test_a_stopped_study_goes_on(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", stop_after_a_step)
+        note = lambda process: stopped.append(process.send_signal(signal.SIGTERM))
+        patch.setattr("subprocess.Popen.terminate", note)
         refuses(study, "run", f"{at}.json", says="study.py: stopped; the same command goes on")
+    assert len(stopped) == 1
     # another one of its runs is damaged
     (running / "b-seed0").mkdir()
     (running / "b-seed0" / "config.json").write_text("{")
-    status, printed, _ = call(study, "run", f"{at}.json", "--jobs", 2)
-    assert status == 1
-    assert "b-seed0 failed; see" in printed
+    assert study.run(at, 2) == 1
     assert "cannot be read" in (running / "b-seed0.txt").read_text()
-    ((run, (_, rows)),) = plot.read_study(f"{at}.csv").items()
-    assert run == ("a", 0)
+    (_, rows), *_ = plot.read_study(f"{at}.csv").values()
     assert len(rows[0]["entropy_by_turn"]) == 5
     train.train(decide(parse_flags([*FLAGS.split(), "--out", str(tmp_path / "whole")])))
     at_once = [row["entropy"] for row in read_log(tmp_path / "whole")[:-1]]

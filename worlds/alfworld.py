@@ -22,8 +22,8 @@ class ALFWorld(World):
     Success is the game's own `won`. A Task's variation is the folder of its game. games: "real",
     "generated" (the same rules and task types, other rooms, nothing to download), or "auto": the
     real ones if they were downloaded. An action must be one of the admissible commands, which
-    `objects` lists; another text is not sent, and costs a turn. Raises SetupError for missing
-    games, a game that cannot be played, an unknown task, and without its packages.
+    `objects` lists. Raises SetupError for an unknown task, for games that are missing or cannot be
+    played, and without its packages.
     """
 
     turns = 50

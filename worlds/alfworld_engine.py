@@ -248,10 +248,9 @@ class Worker:
         # alfworld makes a folder when it is imported: not where the user's games should be
         environment |= dict.fromkeys(("ALFWORLD_DATA", "TMPDIR"), self.folder.name)
         # -P: no module comes from the current folder. A session of its own: Ctrl-C is for us.
-        command = [sys.executable, "-P", "-m", "worlds.alfworld_engine"]
-        command += [str(descriptor), self.folder.name]
+        command = [sys.executable, "-P", "-m", "worlds.alfworld_engine", str(descriptor)]
         how = dict(stdin=DEVNULL, stdout=DEVNULL, env=environment, start_new_session=True)
-        self.process = Popen(command, pass_fds=[descriptor], **how)
+        self.process = Popen([*command, self.folder.name], pass_fds=[descriptor], **how)
         theirs.close()
 
     def ask(self, batch):

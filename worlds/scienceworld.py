@@ -64,11 +64,10 @@ class ScienceWorld(World):
         return [Task(name, v) for name, of_name in pairs for v in of_name]
 
     def start_of(self, task):
-        names = list(self.simplifications)
         # these cannot be solved without wires
-        if "power-component" in task.name or "conductivity" in task.name:
-            names = [name for name in names if name != "noElectricalAction"]
-        return (*task, ",".join(names))
+        wires = "power-component" in task.name or "conductivity" in task.name
+        without = ["noElectricalAction"] if wires else []
+        return (*task, ",".join(name for name in self.simplifications if name not in without))
 
     def prefetch(self, tasks):
         self.simulators.prefetch([self.start_of(task) for task in tasks])

@@ -25,6 +25,8 @@ from worlds import private
 # It ends when our end of its stdin closes, also after kill -9. Without the token anyone on the
 # machine could run code through its port, which it chooses.
 GATEWAY = "py4j.GatewayServer --die-on-broken-pipe --enable-auth 0".split()
+# where it runs, it reads the numbers of the kinds of things from here, and adds those that lack
+TYPES = os.path.join(os.path.dirname(JAR_PATH), "object_type_ids.tsv")
 # a heap that begins small: many processes share a machine; no counters in the machine's /tmp
 JAVA_OPTIONS = "-XX:+UseSerialGC -Xms96m -Xmn64m -XX:+ExitOnOutOfMemoryError -XX:-UsePerfData"
 # The simulator lists things in the order of Java's hash codes, which are random in each process.
@@ -76,7 +78,6 @@ class Jvm:
     def start(self):
         """* Start the process, or replace a dead one. Raises SetupError."""
         self.kill()
-        # it leaves a file where it runs
         self.folder = private.folder()
         jars = os.pathsep.join((find_jar_path(), JAR_PATH))
         command = [self.java, f"-Xmx{self.heap_mb}m", *JAVA_OPTIONS, "-classpath", jars, *GATEWAY]
@@ -84,6 +85,7 @@ class Jvm:
         own = dict(cwd=self.folder.name, env=private.environment(), process_group=0)
         timer = Timer(self.patience, self.end)
         try:
+            types = shutil.copy(TYPES, self.folder.name)
             self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, **own)
             timer.start()
             port, token = (str(self.process.stdout.readline().strip(), "latin") for _ in range(2))
@@ -92,12 +94,11 @@ class Jvm:
                 raise ValueError(f"it had {self.patience} s to name a port, and said {port!r:.60}")
             # nobody reads what else it prints, and it must not wait for that
             Thread(target=deque, args=(self.process.stdout, 0), daemon=True).start()
-            # memory: see strings()
             how = dict(auto_field=True, enable_memory_management=False, read_timeout=self.patience)
             parameters = GatewayParameters(port=int(port), auth_token=token, **how)
             self.gateway = JavaGateway(gateway_parameters=parameters)
             # so that nothing is left where we are killed; the file is deleted first
-            for path in (self.folder.name, f"{self.folder.name}/object_type_ids.tsv"):
+            for path in (self.folder.name, types):
                 self.gateway.jvm.java.io.File(path).deleteOnExit()
         except Exception as error:
             # of many kinds, as it talks to a process that may have died
@@ -107,7 +108,7 @@ class Jvm:
     def strings(self, java_list):
         """* A Java list as a Python list. The Java one is freed at once.
 
-        py4j would do it when Python ends, and ask a process that is no longer there.
+        Its memory management does it when Python ends, and asks a process that is not there.
         """
         result = list(java_list)
         self.gateway.detach(java_list)
@@ -137,7 +138,8 @@ class Jvm:
         def call():
             python_api = self.gateway.jvm.scienceworld.runtime.pythonapi
             sim = self.sims.get(slot) or python_api.PythonInterface()
-            sim.load(*start, gold)
+            if wrong := sim.load(*start, gold):
+                raise SetupError(f"the ScienceWorld simulator says: {one_line(wrong)}")
             self.sims[slot] = sim
             return sim
 
