@@ -52,7 +52,7 @@ class Config:
     think: Switch | None = option(None, "reason first; else the model's own, or from 1.5 B on")
     max_tokens: int | None = option(None, "of a response; else the model's, 24 (tiny), 512, or 32")
     algo: Literal["grpo", "ppo"] = option("grpo", "the baseline: the group's mean, or a critic")
-    steps: int = option(40, "RL steps K")
+    steps: int = option(40, "RL steps K; 0: evaluate the model, and train nothing")
     tasks_per_step: int = option(8, "different tasks collected per step")
     group_size: int = option(8, "episodes of each task (the GRPO group)")
     temperature: float = option(1.0, "sampling temperature of training")
@@ -64,9 +64,7 @@ class Config:
     weight_decay: float = option(0.01, "AdamW's")
     grad_clip: float = option(1.0, "largest gradient norm of an update")
     clip: float = option(0.2, "PPO's ε")
-    clip_high: float | None = option(
-        None, "another ε above 1, DAPO's clip-higher (0.28); else clip"
-    )
+    clip_high: float | None = option(None, "ε above 1, DAPO's clip-higher (0.28); else clip")
     entropy_coef: float = option(0.001, "λ, 0: no entropy terms")
     entropy_target: float | None = option(None, "nats: λ follows H̄, from 0 by 0.002 (Skywork-OR1)")
     # episode is Eq. 2's mean over tokens, turns, episodes; token is the flat one
@@ -99,7 +97,6 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto: cuda, else cpu")
     out: str | None = option(None, "run folder; else runs/ENV")
     resume: bool = option(False, "continue the run in --out from its checkpoint")
-    evaluate: str | None = option(None, "a run's checkpoint.pt: print its success, train nothing")
 
     @property
     def task_names(self):
@@ -114,46 +111,28 @@ class Config:
 
 def allowed(hint):
     """A field's type -> the types that its value may have, and its choices, [] for any."""
-    single = typing.get_origin(hint) in (None, Literal)
-    types, choices = [], []
-    for part in (hint,) if single else typing.get_args(hint):
-        choices += typing.get_args(part)
-        types.append(str if typing.get_args(part) else part)
-    return types, choices
+    parts = [hint] if typing.get_origin(hint) in (None, Literal) else typing.get_args(hint)
+    choices = [choice for part in parts for choice in typing.get_args(part)]
+    return [str if typing.get_args(part) else part for part in parts], choices
 
 
 ALLOWED = {name: allowed(hint) for name, hint in typing.get_type_hints(Config).items()}
 
-# ---- Presets: the paper's settings (its Tables 2 and 3), and tiny ones for a CPU. What they do not
-# name is a default above, which is the paper's: λ, κ_l, κ_r, γ, weight decay, group size. The paper
-# counts mini-batches in turns (PPO 64, GRPO 128, ALFWorld 256), here they are updates of a step:
-# with 128 episodes of about 20 turns these are near to it.
+# The paper's settings (its Tables 2 and 3), where they are not the defaults above. It counts
+# mini-batches in turns (PPO 64, GRPO 128, ALFWorld 256), here they are updates of a step: with 128
+# episodes of about 20 turns these are near to it.
 PAPER = dict(tasks_per_step=16, max_tokens=512, warmup=0.1, kl_coef=0.01, eval_every=5)
-SCIENCEWORLD = dict(PAPER, env="scienceworld", model="Qwen/Qwen2.5-7B-Instruct")
-ALFWORLD = dict(PAPER, env="alfworld", model="Qwen/Qwen2.5-3B-Instruct", alpha=0.1)
-SCIENCEWORLD |= dict(steps=125, turns=30)
-ALFWORLD |= dict(steps=150, turns=50, lr=5e-6, minibatches=16)
-PPO = dict(algo="ppo", lr=3e-6, minibatches=32, critic_lr=1e-5, critic_minibatches=32)
-GRPO = dict(algo="grpo", lr=5e-6, minibatches=16)
-PLAIN = dict(entropy_coef=0.0, smoothing="off")
-# what each ablation changes of EPO
-ABLATIONS = {
-    "plain": PLAIN,
-    "epo": {},
-    "base": dict(smoothing="off"),
-    "indicator": dict(smoothing="indicator"),
-    "constant": dict(dynamic_weight="off"),
-    "window": dict(window=10),
-    "decay": dict(smoothing="off", entropy_decay=0.5),
-    "ea": dict(PLAIN, shaping=0.4),
+PPO = dict(PAPER, algo="ppo", lr=3e-6, minibatches=32, critic_lr=1e-5, critic_minibatches=32)
+GRPO = dict(PAPER, algo="grpo", lr=5e-6, minibatches=16)
+SCIENCEWORLD = dict(env="scienceworld", model="Qwen/Qwen2.5-7B-Instruct", steps=125, turns=30)
+ALFWORLD = dict(env="alfworld", model="Qwen/Qwen2.5-3B-Instruct", steps=150, turns=50)
+ALFWORLD |= dict(alpha=0.1, lr=5e-6, minibatches=16)
+PRESETS = {
+    "scienceworld-ppo-epo": PPO | SCIENCEWORLD,
+    "scienceworld-grpo-epo": GRPO | SCIENCEWORLD,
+    "alfworld-ppo-epo": PPO | ALFWORLD,
+    "alfworld-grpo-epo": GRPO | ALFWORLD,
 }
-PRESETS = {}
-for ablation, changes in ABLATIONS.items():
-    for algo, paper in (("ppo", PPO), ("grpo", GRPO)):
-        PRESETS[f"tiny-{algo}-{ablation}"] = dict(changes, env="scienceworld", algo=algo)
-        if ablation in ("plain", "epo"):
-            PRESETS[f"scienceworld-{algo}-{ablation}"] = paper | SCIENCEWORLD | changes
-            PRESETS[f"alfworld-{algo}-{ablation}"] = paper | ALFWORLD | changes
 
 
 def parse_flags(arguments, description=None):
@@ -170,20 +149,18 @@ def decide(given):
     """The settings of a run -> Config: checked as a whole, with nothing left to decide.
 
     given: {name: value} of the flags. Where they say nothing the preset does, then the model's
-    folder, then the world, then the defaults. A resumed or evaluated run takes them from its
-    config.json. Raises SetupError.
+    folder, then the world, then the defaults. A resumed run has them in its config.json.
+    Raises SetupError.
     """
-    for name in ("out", "evaluate"):
-        if given.get(name) == "":
-            raise SetupError(f"--{name} is empty; leave it out, or name what you mean")
+    if given.get("out") == "":
+        raise SetupError("--out is empty; leave it out, or name a folder")
     if given.get("preset") not in (None, *PRESETS):
         raise SetupError(f"unknown preset {given['preset']!r}; there are: {', '.join(PRESETS)}")
-    if given.get("resume") or "evaluate" in given:
+    if given.get("resume"):
         values = saved_settings(given)
     else:
-        values = {**PRESETS.get(given.get("preset"), {}), **given}
-    start = Config(**with_floats(values))
-    check(start)
+        values = PRESETS.get(given.get("preset"), {}) | given
+    start = checked(values)
     # what is None or "auto" is decided by the first of these that has a value for it
     model = asked_for(start.model, start.env)
     if type(model["tasks"]) is list:
@@ -204,28 +181,18 @@ def decide(given):
         for name in decided.keys() & values.keys():
             if values[name] in (None, "auto"):
                 values[name] = decided[name]
-    cfg = Config(**with_floats(values))
     try:
-        check(cfg)
+        cfg = checked(values)
     except SetupError as error:
         # what was given has been checked
-        raise SetupError(f"the config.json of model {cfg.model!r}: {error}") from error
+        raise SetupError(f"the config.json of model {start.model!r}: {error}") from error
     refuse_idle(given, cfg, model["compact"])
     return cfg
 
 
-def with_floats(values):
-    """JSON and presets have 1 where 1.0 is meant."""
-    floats = [name for name in values if float in ALLOWED[name][0] and type(values[name]) is int]
-    # a larger one is refused as it is
-    return values | {name: float(values[name]) for name in floats if abs(values[name]) <= LARGEST}
-
-
 def saved_settings(given):
-    """Those of the run that is resumed or evaluated, with what may be given anew. SetupError."""
+    """Those of the run that is resumed, with what may be given anew. Raises SetupError."""
     out = given.get("out") or os.path.join("runs", given.get("env", Config.env))
-    if "evaluate" in given:
-        out = os.path.dirname(given["evaluate"]) or "."
     saved, where = read_config(out), os.path.join(out, "config.json")
     if unknown := saved.keys() - ALLOWED.keys():
         raise damaged(where, f"{min(unknown)!r:.30} is no setting here")
@@ -233,17 +200,15 @@ def saved_settings(given):
         print(f"{where} lacks {', '.join(sorted(missing))}: the defaults are taken", flush=True)
     try:
         # this machine's device need not be that of the run
-        check(Config(**with_floats({**saved, "device": "auto"})))
+        checked({**saved, "device": "auto"})
     except SetupError as error:
         raise damaged(where, error) from error
-    if given.get("resume"):
-        for name in given.keys() - {"out", "resume", "device", "tokens_per_batch"}:
-            if given[name] != saved.get(name):
-                values = f"{flag(name)} is {given[name]}, but the run has {saved.get(name)}"
-                raise SetupError(f"--resume: {values}; leave it out")
+    for name in given.keys() - {"out", "resume", "device", "tokens_per_batch"}:
+        if given[name] != saved.get(name):
+            values = f"{flag(name)} is {given[name]}, but the run has {saved.get(name)}"
+            raise SetupError(f"--resume: {values}; leave it out")
     # what was asked for, not what a file says
-    own = {"resume": given.get("resume", False), "evaluate": given.get("evaluate")}
-    return {**saved, **given, **own, "out": out}
+    return {**saved, **given, "out": out}
 
 
 # ---- What is refused
@@ -260,6 +225,7 @@ BOUNDS = {
     "lora_rank": (0, 10**5),
     "seed": (0, LARGEST - 1),
     "eval_episodes": (1, MOST_EPISODES),
+    "steps": (0, LARGEST),
     **dict.fromkeys("discount gae_lambda entropy_decay warmup min_lr".split(), (0, 1)),
     **dict.fromkeys("clip clip_high value_clip grad_clip".split(), (1e-9, LARGEST)),
 }
@@ -269,8 +235,15 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def check(cfg):
-    """Refuse what cannot work, before any work starts; None is not decided yet. SetupError."""
+def checked(values):
+    """{name: value} -> Config; the rest has its default, None is not decided yet.
+
+    Raises SetupError for what cannot work.
+    """
+    # JSON and presets have 1 where 1.0 is meant; a larger one is refused as it is
+    whole = [name for name, value in values.items() if type(value) is int and abs(value) <= LARGEST]
+    floats = {name: float(values[name]) for name in whole if float in ALLOWED[name][0]}
+    cfg = Config(**values | floats)
     for name, (types, choices) in ALLOWED.items():
         what, value = flag(name), vars(cfg)[name]
         low, high = BOUNDS.get(name, (type(value) is int, LARGEST))
@@ -284,7 +257,7 @@ def check(cfg):
             raise SetupError(f"{what} must be between {low:g} and {high:g}, not {value!r:.30}")
     episodes = cfg.tasks_per_step * cfg.group_size
     if episodes > MOST_EPISODES:
-        raise SetupError(f"--tasks-per-step times --group-size must be at most {MOST_EPISODES}")
+        raise SetupError(f"--tasks-per-step times --group-size is above {MOST_EPISODES}")
     if cfg.kappa_l > cfg.kappa_r:
         raise SetupError(f"--kappa-l {cfg.kappa_l} is above --kappa-r {cfg.kappa_r}")
     if cfg.algo == "grpo" and cfg.group_size == 1:
@@ -293,6 +266,7 @@ def check(cfg):
         raise SetupError(f"--minibatches {cfg.minibatches} doesn't divide the {episodes} episodes")
     if cfg.device != "auto" and not torch.get_device_module(cfg.device).is_available():
         raise SetupError(f"--device {cfg.device}: PyTorch sees no such GPU here; use --device cpu")
+    return cfg
 
 
 CORRIDOR = "kappa_l kappa_r alpha gamma dynamic_weight window"
@@ -306,8 +280,6 @@ IDLE = {
     ("smoothing", "off"): CORRIDOR,
     ("dynamic_weight", "off"): "gamma",
 }
-EVALUATION = "evaluate env model lora_rank dtype device think tasks simplifications games turns "
-EVALUATION += "max_tokens tokens_per_batch eval_episodes eval_temperature seed"
 
 
 def refuse_idle(given, cfg, compact):
@@ -321,8 +293,6 @@ def refuse_idle(given, cfg, compact):
     if cfg.entropy_target is not None:
         # λ is not what entropy_coef says
         idle["entropy_coef"], values["entropy_coef"] = "--entropy-target", None
-    if cfg.evaluate:
-        idle |= dict.fromkeys(values.keys() - EVALUATION.split(), "--evaluate")
     for (name, value), names in IDLE.items():
         if values[name] == value:
             idle |= dict.fromkeys(names.split(), f"{flag(name)} {value}")

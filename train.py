@@ -31,7 +31,7 @@ from update import load_optimizer, make_batch, make_learner, make_schedules, upd
 
 def train(cfg):
     """Run Algorithm 1 from step 0, or from the checkpoint of the run in cfg.out."""
-    if not (cfg.resume or cfg.evaluate):
+    if not cfg.resume:
         run_folder.refuse_existing(cfg.out)
     # LoRA's adapters begin at random
     torch.manual_seed(cfg.seed)
@@ -42,12 +42,6 @@ def train(cfg):
     with make_world(cfg, policy.compact) as world:
         train_tasks = world.tasks("train")
         eval_tasks = {s: draw_tasks(world.tasks(s), cfg.eval_episodes, 0) for s in SPLITS}
-        if cfg.evaluate is not None:
-            saved = run_folder.load_checkpoint(cfg.evaluate)
-            load_weights(trained(policy.model), saved["model"])
-            # saved["step"] is the first step that is still to do
-            row = evaluate(world, policy, eval_tasks, cfg, saved["step"] - 1)
-            return report.print_success(row)
         os.makedirs(cfg.out, exist_ok=True)
         with run_folder.locked(cfg.out):
             learner = make_learner(cfg, policy)
@@ -188,7 +182,7 @@ def evaluate(world, policy, tasks, cfg, step, at_once=64):
 
     at_once: the episodes that the simulators hold in memory side by side.
     """
-    row, texts, begin = {}, [], time.perf_counter()
+    row, begin = {}, time.perf_counter()
     for split in SPLITS:
         seed = seed_of(cfg, step, split)
         generator = torch.Generator(policy.model.device).manual_seed(seed)
@@ -201,9 +195,6 @@ def evaluate(world, policy, tasks, cfg, step, at_once=64):
                 episodes += played
                 lost += gone
         row |= metrics.evaluation_metrics(split, episodes, lost)
-        texts += [f"[{split}] {report.transcript(episode)}" for episode in episodes[:2]]
-    if cfg.evaluate is None:
-        report.save_transcripts(cfg.out, step, texts)
     return {**row, "seconds_eval": time.perf_counter() - begin}
 
 

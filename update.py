@@ -2,8 +2,7 @@
 
 import copy
 import math
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate as cosine_schedule
@@ -12,8 +11,9 @@ from critic import Critic
 from epo import corridor, decayed_weights, epo_loss, shaped_advantages, token_weights
 from policy import Policy, response_states, score_tokens, trained
 from support.forward import micro_batches
-from support.run_folder import SetupError, save_tensors
+from support.run_folder import SetupError
 
+LESS = "the last checkpoint is untouched: begin anew with a lower --lr, --entropy-coef or --kl-coef"
 # 128 MB of float32; the loss and its gradient take about six times that
 LOGITS_AT_ONCE = 2**25
 
@@ -127,7 +127,8 @@ def update(learner, turns, batch, history_mean, beta_k, cfg, bar):
             bar.update(len(micro))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
         if not math.isfinite(norm + losses["loss"]):
-            stop_before_the_update(cfg, turns, batch, losses["loss"], norm)
+            what = f"loss {losses['loss']}, gradient norm {norm}"
+            raise SetupError(f"the loss or its gradient is not finite ({what}); {LESS}")
         norms.append(norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -185,13 +186,3 @@ def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
     share = lambda chosen: (weights * chosen).sum().item()
     terms["clip_fraction"] = share((ratio < 1 - cfg.clip) | (ratio > 1 + high))
     return loss, terms | {"below": share(entropy < floor), "above": share(entropy > cap)}
-
-
-def stop_before_the_update(cfg, turns, batch, loss, norm):
-    """Write the batch of a loss that is not finite to bad-batch.pt, and raise SetupError."""
-    state = {"turns": [asdict(turn) for turn in turns], "advantages": batch.advantages}
-    save_tensors(os.path.join(cfg.out, "bad-batch.pt"), state)
-    what = f"the loss or its gradient is not finite (loss {loss}, gradient norm {norm})"
-    kept = "the last checkpoint is untouched, the batch is in bad-batch.pt"
-    mend = "begin a run with a lower --lr, --entropy-coef or --kl-coef, or a higher --temperature"
-    raise SetupError(f"{what}; {kept}: {mend}")

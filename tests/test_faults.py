@@ -133,7 +133,7 @@ SHARES = ("discount", "gae_lambda", "entropy_decay", "warmup", "min_lr")
 NUMBERS = [(name, value) for name in FLOATS for value in ("nan", "-inf", "-1e300", "1e300")]
 NUMBERS += [(name, "inf") for name in FLOATS if name != "kappa_r"]
 NUMBERS += [(name, value) for name in INTS for value in ("-1", "1" + 400 * "0")]
-NUMBERS += [(name, "0") for name in INTS if name not in ("seed", "lora_rank")]
+NUMBERS += [(name, "0") for name in INTS if name not in ("seed", "lora_rank", "steps")]
 NUMBERS += [(name, "-0.1") for name in FLOATS if name != "eval_temperature"]
 NUMBERS += [(name, "1.01") for name in SHARES]
 NUMBERS += [("temperature", value) for value in ("1e-5", "1e-40", "0.049", "101")]
@@ -142,9 +142,8 @@ NUMBERS += [("eval_episodes", "1000001"), ("lora_rank", "100001"), ("steps", "--
 # flags, others of the same kind: what the line says. They are given beside `a file`, and `a run`,
 # which is finished.
 WRONG = {
-    "--evaluate ''": "--evaluate is empty",
     "--out ''": "--out is empty",
-    "--evaluate /; --evaluate .; --evaluate checkpoint.pt; --resume": "is not a run folder",
+    "--resume; --resume --out /": "is not a run folder",
     "--minibatches 3": "doesn't divide",
     "--kappa-l 0.5 --kappa-r 0.4": "kappa_l",
     "--group-size 1 --minibatches 1": "--group-size",
@@ -163,9 +162,6 @@ WRONG = {
     f"--out {300 * 'x'}": "File name too long",
     "--out 'a run'": "a run exists already; continue it with --resume",
     "--resume --out 'a run' --lr 0.5": "--resume: --lr is 0.5, but the run has",
-    "--evaluate 'a run/tasks.json'": "a run/tasks.json cannot be read",
-    "--evaluate 'a run/checkpoint.pt' --lora-rank 4": "leave out --model and --lora-rank",
-    f"--evaluate 'a run/checkpoint.pt' --model '{ROOT}/models/scienceworld'": "leave out --model",
 }
 EACH_WRONG = [(flags, says) for rows, says in WRONG.items() for flags in rows.split("; ")]
 EACH_WRONG += [(flags, "; see --help") for flags in rows_of(NO_VALUES)]
@@ -178,9 +174,7 @@ def test_flags_that_cannot_work_are_one_line(flags, says, finished, tmp_path, mo
     shutil.copytree(finished["grpo"], tmp_path / "a run")
     before = contents(tmp_path)
     monkeypatch.chdir(tmp_path)
-    # an evaluation takes no flag that does nothing
-    more = [] if "--evaluate 'a run" in flags else [*SMALL, "--out", tmp_path / "new"]
-    refuses(train, *more, *shlex.split(flags), says=says)
+    refuses(train, *SMALL, "--out", tmp_path / "new", *shlex.split(flags), says=says)
     assert contents(tmp_path) == before and not (tmp_path / "new").exists()
 
 
@@ -200,6 +194,13 @@ def test_odd_flags_that_can_work_do(flags, tmp_path):
     plot.load(tmp_path)
     # its config.json, with Infinity, is read again
     assert call(train, "--resume", "--out", tmp_path)[0] == 0
+
+
+def test_no_steps_are_an_evaluation_of_the_model_of_a_run(finished, tmp_path):
+    flags = ["--model", finished["grpo"] / "model", "--steps", 0, "--out", tmp_path]
+    assert call(train, *SMALL, *flags)[0] == 0
+    (row,) = read_log(tmp_path)
+    assert "iid_by_task" in row and "entropy" not in row
 
 
 # ---- damaged files: what is done to a file of a run
@@ -289,8 +290,6 @@ def test_a_damaged_file_is_one_line(name, do, says, finished, tmp_path, monkeypa
     before = contents(run)
     where = "(line " if name == "log.jsonl" else "("
     refuses(train, "--resume", "--out", run, says=says or f"{run / name} cannot be read {where}")
-    if not says and name != "log.jsonl":
-        refuses(train, "--evaluate", run / "checkpoint.pt", says=f"{run / name} cannot be read (")
     if not says and name != "checkpoint.pt":
         refuses(plot, run, "--out", run, says=f"{run / name} cannot be read {where}")
     assert contents(run) == before
@@ -298,12 +297,9 @@ def test_a_damaged_file_is_one_line(name, do, says, finished, tmp_path, monkeypa
 
 def test_what_to_do_is_never_read_from_a_file(finished, tmp_path):
     run = shutil.copytree(finished["grpo"], tmp_path / "run")
-    own = {"evaluate": "no/such.pt", "resume": True, "out": "elsewhere", "device": "auto"}
-    setting(**own)(run / "config.json")
-    cfg = config.decide({"resume": True, "out": str(run)})
-    assert (cfg.evaluate, cfg.resume, cfg.out) == (None, True, str(run))
-    cfg = config.decide({"evaluate": f"{run}/checkpoint.pt", "device": "cpu"})
-    assert (cfg.resume, cfg.out, cfg.device) == (False, str(run), "cpu")
+    setting(resume=False, out="elsewhere", device="auto")(run / "config.json")
+    cfg = config.decide({"resume": True, "out": str(run), "device": "cpu"})
+    assert (cfg.resume, cfg.out, cfg.device) == (True, str(run), "cpu")
 
 
 JSON = st.recursive(
@@ -434,7 +430,7 @@ def test_the_second_process_on_a_folder_is_refused(tmp_path):
         refuses(train, "--resume", "--out", out, says=f"{says} {out}")
         refuses(train, *SMALL, "--out", out, says="exists already")
         # to read is allowed
-        assert call(train, "--evaluate", out / "checkpoint.pt")[0] == 0
+        assert call(plot, out, "--out", tmp_path)[0] == 0
     finally:
         first.kill()
         first.communicate()
@@ -468,10 +464,6 @@ def test_a_policy_that_diverged_is_one_line_also_when_resumed(minibatches, tmp_p
     flags = f"--lr 1e12 --warmup 0 --reward score --minibatches {minibatches}".split()
     refuses(train, *SMALL, *flags, "--out", tmp_path, says=DIVERGED[minibatches])
     refuses(train, "--resume", "--out", tmp_path, says="a lower --lr")
-    if minibatches == 2:
-        saved = torch.load(tmp_path / "bad-batch.pt")
-        tokens = sum(len(turn["response"]) for turn in saved["turns"])
-        assert len(saved["advantages"]) == tokens > 0
 
 
 # ---- hostile folders and games

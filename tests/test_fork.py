@@ -66,5 +66,5 @@ def test_a_loss_is_a_place_in_epo_one_in_config_and_its_call(fork):
         edit(fork / name, old, new)
     run(fork, *FLAGS, "--divide", "off", "--out", undivided)
     assert log_of(before)[0]["loss"] != log_of(undivided)[0]["loss"]
-    printed = run(fork, "--evaluate", "runs/before/checkpoint.pt")
+    printed = run(fork, "--resume", "--out", "runs/before")
     assert "lacks divide: the defaults are taken" in printed

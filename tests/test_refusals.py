@@ -30,8 +30,8 @@ NOTHING = {
     "a tiny policy": "--think off|--think on",
     "--entropy-target": "--entropy-coef 0.1 --entropy-target 1",
     "--entropy-coef 0": "--entropy-coef 0 --alpha 3|--entropy-coef 0 --smoothing hinge",
-    "--smoothing off": "--smoothing off --window 3|--preset tiny-grpo-base --kappa-r 1",
-    "--dynamic-weight off": "--dynamic-weight off --gamma 1|--preset tiny-grpo-constant --gamma 1",
+    "--smoothing off": "--smoothing off --window 3",
+    "--dynamic-weight off": "--dynamic-weight off --gamma 1",
 }
 EACH = [(flags, where) for where, row in NOTHING.items() for flags in rows_of(row)]
 
@@ -44,7 +44,7 @@ def test_a_flag_that_does_nothing_is_refused(flags, where):
 
 SOMETHING = """
 --entropy-coef 0 --smoothing off|--smoothing off --dynamic-weight off|--algo ppo --critic-lr 1
---preset tiny-grpo-plain|--preset tiny-ppo-constant|--preset tiny-grpo-ea --entropy-target 1
+--preset scienceworld-ppo-epo --algo grpo --kl-coef 0 --model tiny
 """
 
 
@@ -53,13 +53,10 @@ def test_what_switches_off_or_is_of_a_preset_is_not(flags):
     decide(parse_flags(["--env", "keyquest", *flags.split()]))
 
 
-def test_a_saved_run_may_have_it_and_an_evaluation_reads_few_flags(finished, tmp_path):
+def test_a_saved_run_may_have_it(finished, tmp_path):
     run = shutil.copytree(finished["grpo"], tmp_path / "run")
     setting(critic_lr=0.5, window=3, smoothing="off")(run / "config.json")
-    evaluate = ["--evaluate", run / "checkpoint.pt"]
-    assert call(train, *evaluate, "--eval-episodes", 1)[0] == 0
-    for flags in ("--steps 9", "--out x", "--preset tiny-grpo-epo", "--lr 1"):
-        refuses(train, *evaluate, *flags.split(), says="does nothing with --evaluate")
+    assert decide({"resume": True, "out": str(run)}).critic_lr == 0.5
 
 
 MINE = "mine/log.txt mine/tasks.json mine.new/a.new linked/step-0000.txt new.unfinished/x a.png"

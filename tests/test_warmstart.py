@@ -101,7 +101,6 @@ def test_a_run_leaves_a_model_that_another_run_goes_on_from(folder, tmp_path):
     # after the first and the third step that won nothing
     hint = f"python -m tools.warmstart --env keyquest --model {folder} --out models/warm\n"
     assert printed.count(hint) == 2
-    assert "short" in call(train, "--evaluate", f"{out}/checkpoint.pt")[1]
     cfg = decide({"env": "keyquest", "model": f"{out}/model", "lora_rank": 2})
     assert load_policy(cfg.model, cfg.env, lora_rank=2).tokenizer.chat_template == WITH_SYSTEM
     asked = (cfg.tasks, cfg.turns, cfg.max_tokens, cfg.lr, cfg.think)

@@ -105,14 +105,6 @@ def test_the_log_of_a_run(run):
     assert [row["lr"] / log[1]["lr"] for row in log[:3]] == approx([0.5, 1, 0.2])
 
 
-def test_a_saved_policy_scores_as_at_the_end_of_its_run(run):
-    _, (*_, last), out = run
-    _, printed, _ = call(train, "--evaluate", out / "checkpoint.pt")
-    _, *scores = printed.splitlines()[-1].split()
-    assert scores == [f"{last[name]:.2f}" for name in ("iid_success", "ood_success")]
-    assert "[ood] task " in (out / "transcripts" / "step-0003.txt").read_text("utf-8")
-
-
 def test_entropy_is_eq_2_of_the_policy_that_played(run):
     played, log, _ = run
     for step, row in zip(played, log, strict=False):

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from config import Config, check, decide
+from config import checked, decide
 from envs import make_world
 from epo import epo_loss, token_logp_and_entropy
 from policy import Policy, add_lora, load_policy
@@ -97,8 +97,8 @@ def model(name, rank, dtype="bfloat16"):
     rows, prompt, response = (64, 1024, 128) if DEVICE == "cuda" else (20, 200, 48)
     config, tokens = SHAPES[name], rows * (prompt + response)
     # micro-batches so large that a CPU, too, computes layers again
-    cfg = Config(lora_rank=rank, dtype=dtype, lr=1e-5, minibatches=1, tokens_per_batch=16384)
-    check(cfg)
+    settings = {"lr": 1e-5, "minibatches": 1, "tokens_per_batch": 16384}
+    cfg = checked({"lora_rank": rank, "dtype": dtype, **settings})
     before = peak_memory(forget=True)
     learner = random_learner(config, cfg)
     prompts = torch.randint(config.vocab_size, (rows, prompt)).tolist()

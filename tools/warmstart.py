@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from config import Config, check, decide, flag
+from config import Config, checked, decide, flag
 from envs import demonstration, make_world, world_class
 from policy import (
     asked_for,
@@ -116,7 +116,7 @@ def warmstart(args):
     if os.path.exists(folder) and {"lock", "start"}.isdisjoint(os.listdir(folder)):
         raise SetupError(f"{folder} is not of a warm start; move it away")
     given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
-    check(Config(**given))
+    checked(given)
     if tiny:
         given |= {"model": within("start"), "device": "cpu"}
         if not os.path.exists(within("checkpoint.pt")):
@@ -132,7 +132,7 @@ def warmstart(args):
     policy = load_policy(cfg.model, cfg.env, *how)
     prove(policy)
     with make_world(cfg, compact=True) as world:
-        os.makedirs(within("transcripts"), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         with locked(folder):
             state = begin_or_go_on(policy, world, args, within("checkpoint.pt"), made)
             result = state["result"]
