@@ -24,10 +24,15 @@ lint: $(VENV)/bin/ruff
 ## the pictures of README.md and docs/, from the committed logs
 figures: $(VENV)/installed
 	$(VENV)/bin/python -m figures.gradient
-	$(VENV)/bin/python plot.py --out figures/keyquest $(addprefix $(STUDY)short.csv/grpo-, \
-		plain epo0.05-0.01 epo0.05-0.1 epo3-0.1)
+	$(VENV)/bin/python plot.py --out figures/keyquest "GRPO=$(STUDY)short.csv/grpo-plain" \
+		"EPO, α 0.05, λ 0.01=$(STUDY)short.csv/grpo-epo0.05-0.01" \
+		"EPO, α 0.05, λ 0.1=$(STUDY)short.csv/grpo-epo0.05-0.1" \
+		"EPO, α 3, λ 0.1=$(STUDY)short.csv/grpo-epo3-0.1"
 	$(VENV)/bin/python plot.py --out figures/scienceworld --draw overview \
-		$(addprefix $(STUDY)scienceworld.csv/grpo-, plain base-0.02 epo0.05-0.001 epo3-0.02)
+		"GRPO=$(STUDY)scienceworld.csv/grpo-plain" \
+		"EPO-Base, λ 0.02=$(STUDY)scienceworld.csv/grpo-base-0.02" \
+		"EPO, α 0.05, λ 0.001=$(STUDY)scienceworld.csv/grpo-epo0.05-0.001" \
+		"EPO, α 3, λ 0.02=$(STUDY)scienceworld.csv/grpo-epo3-0.02"
 	$(VENV)/bin/python plot.py --out figures/smollm2-keyquest --draw overview \
 		GRPO=results/smollm2/keyquest-plain GRPO+EPO=results/smollm2/keyquest-epo
 	$(VENV)/bin/python -m tools.transcript --out figures/transcript.html \

@@ -25,7 +25,7 @@ from policy import choose_device, load_policy, load_weights, save_model, trained
 from rollout import collect, prove
 from support import report, run_folder
 from support.report import SPLITS, progress
-from support.run_folder import ANOTHER, SetupError, damaged, one_line
+from support.run_folder import SetupError, damaged, one_line
 from update import load_optimizer, make_batch, make_learner, make_schedules, update
 
 
@@ -163,9 +163,8 @@ def episode_returns(episodes, cfg):
 def invalid_penalties(turns, cfg):
     """What each turn loses of its advantage if it has no valid action (N,).
 
-    The paper takes this penalty from the return, before GRPO divides by the standard deviation. In
-    a group in which all fail, the penalty is then the only difference, so 0.01 grows to a full
-    advantage. The best one goes to the shortest episode, which failed first.
+    The paper takes it from the return. In a group in which all fail it is then the only difference,
+    GRPO divides it by itself, and the best advantage goes to the episode that failed first.
     """
     return cfg.invalid_penalty * torch.tensor([float(turn.invalid) for turn in turns])
 
@@ -229,17 +228,14 @@ def begin_or_resume(cfg, learner, eval_tasks):
         return 0
     if not os.path.exists(path):
         # a kill between the first row and the first checkpoint leaves one row
-        if len(run_folder.read_log(cfg.out)) > 1:
-            raise SetupError(f"{path} is missing, but there is a log of several steps; {ANOTHER}")
         run_folder.rewind(cfg.out, 0)
         run_folder.write_json(os.path.join(cfg.out, "tasks.json"), eval_tasks)
         return 0
     saved = run_folder.load_checkpoint(path)
-    if ("critic" in saved) != (learner.critic is not None):
-        raise damaged(path, f"it is not of --algo {cfg.algo}, which config.json names")
     # a number for each step; the last row of a log is an evaluation
-    learner.history = [0.0] * min(saved["step"], cfg.steps, len(saved["history"]) + 1)
-    if run_folder.form(saved) != run_folder.form(state_of(learner, 0)):
+    history = [0.0] * min(saved["step"], cfg.steps, len(saved["history"]) + 1)
+    expected = state_of(learner, 0) | {"history": history}
+    if run_folder.form(saved) != run_folder.form(expected):
         raise damaged(path, "its names, types, lengths or shapes are not those of this run")
     if not run_folder.is_metric(saved["history"]):
         raise damaged(path, "its history is not finite")

@@ -244,7 +244,7 @@ DAMAGES = {"config.json": CONFIGS, "log.jsonl": LOGS, "checkpoint.pt": CHECKPOIN
 NO_CONFIG, NO_CHECKPOINT = "config.json cannot be read (", "checkpoint.pt cannot be read ("
 NOT_THESE = "checkpoint.pt cannot be read (its names, types, lengths or shapes"
 ROWS = "log.jsonl cannot be read (it has {} rows, but the checkpoint goes on at step {})"
-BAD_SETTINGS = dict(algo="EPO", env="x", turns=[4], steps=0, lr="high", seed=10**400, out=5)
+BAD_SETTINGS = dict(algo="EPO", env="x", turns=[4], steps=-1, lr="high", seed=10**400, out=5)
 BAD_SETTINGS |= dict(gamma=10**400, clip=float("nan"))
 # files that can be read, and are not of this run
 OTHERS = {
@@ -252,7 +252,7 @@ OTHERS = {
         *((setting(**{name: v}), f"{NO_CONFIG}--{name}") for name, v in BAD_SETTINGS.items()),
         (setting(steps=True), f"{NO_CONFIG}its steps"),
         (setting(**{"colour\n": "red"}), rf"{NO_CONFIG}'colour\n' is no"),
-        (setting(algo="ppo"), f"{NO_CHECKPOINT}it is not of --algo ppo"),
+        (setting(algo="ppo"), NOT_THESE),
         (setting(model=f"{ROOT}/models/scienceworld"), NOT_THESE),
         (setting(model="no/such"), "model 'no/such'"),
         (setting(lora_rank=2), NOT_THESE),
@@ -265,11 +265,11 @@ OTHERS = {
         (edit(lambda text: text + b'{"step": 4}\n{"step": 5}\n'), ROWS.format(6, 4)),
     ],
     "checkpoint.pt": [
-        (Path.unlink, "is missing, but there is a log of several steps"),
+        (Path.unlink, ROWS.format(4, 0)),
         (state(history=["x"]), NO_CHECKPOINT),
         (state(optimizer={}), NO_CHECKPOINT),
         (state(optimizer={"param_groups": 5, "state": 5}), NO_CHECKPOINT),
-        (state(critic={}), f"{NO_CHECKPOINT}it is not of --algo grpo"),
+        (state(critic={}), NOT_THESE),
         (state(step=99), ROWS.format(4, 99)),
         (state(step=-5), NO_CHECKPOINT),
         (state(model={}), NOT_THESE),

@@ -168,7 +168,7 @@ def means(runs, name):
 def test_table_of_the_main_command():
     arms = "scienceworld", "alfworld-generated", "alfworld-real"
     for row, arm in zip(rows_of("minutes"), arms, strict=True):
-        runs = [*plot.load(f"{AT['main']}.csv/{arm}").values()]
+        (runs,) = plot.load(f"{AT['main']}.csv/{arm}").values()
         success = means(runs, "success")
         shares = [[success[:10].mean(), success[-10:].mean()]]
         shares += [means(runs, f"{split}_success") for split in ("iid", "ood")]
@@ -179,7 +179,7 @@ def test_table_of_the_main_command():
 
 def test_table_of_the_pre_trained_model():
     for row in rows_of("runs"):
-        runs = [*plot.load(ROOT / "results" / row["runs"]).values()]
+        (runs,) = plot.load(ROOT / "results" / row["runs"]).values()
         iid, ood = (means(runs, f"{split}_success") for split in ("iid", "ood"))
         before, after = (iid[0] + ood[0]) / 2, (iid[-1] + ood[-1]) / 2
         episodes = 4 * (128 if row["runs"].startswith("gpu") else 36)

@@ -375,7 +375,7 @@ def test_an_evaluation_plays_every_task_and_one_that_was_lost_is_no_failure():
     world.start_all = lambda part: parts.append(part) or start(part)
     # its simulators die in the first turn
     world.act = dict.fromkeys
-    cfg = Config(turns=4, max_tokens=4, evaluate="checkpoint.pt")
+    cfg = Config(turns=4, max_tokens=4)
     row = train.evaluate(world, policy, tasks, cfg, 5, at_once=2)
     assert list(map(len, parts)) == [2, 2, 1, 2, 2, 1]
     assert sum(parts, []) == tasks["iid"] + tasks["ood"]
@@ -397,31 +397,16 @@ def test_tasks_are_drawn_by_type_in_turn_and_from_the_seed():
 
 # ---- settings
 
-# two presets, and the settings in which they differ
-PAIRS = [
-    ("scienceworld-grpo-epo", "scienceworld-grpo-plain", "entropy_coef smoothing"),
-    ("alfworld-ppo-epo", "alfworld-ppo-plain", "entropy_coef smoothing"),
-    ("tiny-grpo-epo", "tiny-grpo-plain", "entropy_coef smoothing"),
-    ("tiny-grpo-epo", "tiny-grpo-base", "smoothing"),
-    ("tiny-grpo-epo", "tiny-grpo-indicator", "smoothing"),
-    ("tiny-grpo-epo", "tiny-grpo-constant", "dynamic_weight"),
-    ("tiny-grpo-epo", "tiny-grpo-window", "window"),
-    ("tiny-grpo-epo", "tiny-grpo-ea", "entropy_coef smoothing shaping"),
-    ("tiny-grpo-epo", "tiny-ppo-epo", "algo"),
-    ("tiny-grpo-base", "tiny-grpo-decay", "entropy_decay"),
-]
-
-
-@pytest.mark.parametrize("one, other, settings", PAIRS)
-def test_presets_differ_by_what_their_names_say(one, other, settings):
-    a, b = vars(Config(**PRESETS[one])), vars(Config(**PRESETS[other]))
-    assert {name for name in a if a[name] != b[name]} == set(settings.split())
-    config.check(Config(**PRESETS[one]))
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_can_work_and_has_the_method_and_the_world_of_its_name(preset):
+    cfg = config.checked(PRESETS[preset])
+    assert preset == f"{cfg.env}-{cfg.algo}-epo" and cfg.kl_coef == 0.01
 
 
 def test_a_flag_beside_a_preset_wins():
-    cfg = config.decide({"preset": "tiny-grpo-indicator", "kappa_r": 3.0})
-    assert (cfg.smoothing, cfg.kappa_r, cfg.env) == ("indicator", 3.0, "scienceworld")
+    given = {"preset": "scienceworld-ppo-epo", "model": "tiny", "kappa_r": 3.0, "algo": "grpo"}
+    cfg = config.decide(given)
+    assert (cfg.algo, cfg.kappa_r, cfg.minibatches) == ("grpo", 3.0, 32)
 
 
 def test_every_option_is_used():

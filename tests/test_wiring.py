@@ -6,6 +6,7 @@ What is expected is computed here from what was played, and not by the functions
 import itertools
 import json
 import math
+from dataclasses import replace
 from statistics import fmean as mean
 from typing import NamedTuple
 
@@ -16,10 +17,12 @@ from test_faults import call, log_of
 
 import rollout
 import train
-from config import Config
+from config import Config, decide
 from envs import Task
 from metrics import episode_metrics
+from policy import load_policy
 from rollout import Turn, collect
+from update import add_gradient, make_batch
 from worlds.keyquest import KeyQuest
 
 FLAGS = (
@@ -163,3 +166,25 @@ def test_the_past_pairs_what_was_seen_with_what_was_done_then(monkeypatch):
     assert [turn.invalid for turn in episode.turns] == [True, True] + [False] * (len(plan) - 2)
     for t, (past, _) in enumerate(seen):
         assert past == [(now, action) for (_, now), action in zip(seen[:t], plan[:t], strict=True)]
+
+
+@pytest.mark.parametrize("entropy_coef, low, high", [(0.001, 0.001, 0.003), (0.1, 0.1, 0.3)])
+def test_what_share_of_the_first_gradient_the_entropy_terms_are(entropy_coef, low, high):
+    """At the paper's λ about 0.2 %: in few steps, where groups differ, it can change nothing."""
+    cfg = decide({"env": "keyquest", "tasks": "short", "kl_coef": 0.0})
+    policy, world = load_policy("tiny", "keyquest"), KeyQuest(("short",))
+    tasks, seeds = train.step_tasks(world.tasks("train"), cfg, 0), torch.Generator().manual_seed(0)
+    episodes, _, _ = collect(world, policy, tasks, cfg.turns, 1.0, cfg.max_tokens, seeds)
+    turns = [turn for episode in episodes for turn in episode.turns]
+    owner = torch.tensor([i for i, e in enumerate(episodes) for _ in e.turns])
+    advantages = train.grpo_advantages(episodes, train.episode_returns(episodes, cfg))[owner]
+    norms = []
+    for coef, own in ((0.0, advantages), (entropy_coef, 0 * advantages)):
+        batch = make_batch(turns, owner, own, cfg)
+        history_mean = (batch.entropy * batch.weights).sum().item()
+        terms = replace(cfg, entropy_coef=coef)
+        add_gradient(policy, turns, batch, history_mean, 2.0, terms)
+        parameters = policy.model.parameters()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, math.inf).item())
+        policy.model.zero_grad()
+    assert low < norms[1] / norms[0] < high, norms

@@ -33,7 +33,7 @@ from support.report import read_arguments
 from support.run_folder import SetupError
 
 # settings that runs of an arm need not share
-OF_A_RUN = set("seed out resume evaluate preset device tokens_per_batch".split())
+OF_A_RUN = set("seed out resume preset device tokens_per_batch".split())
 # what is kept of a log; MORE is for figures, of the arms that they show and the first seed
 COLUMNS = "step success score entropy corridor_low corridor_high above below invalid uniform "
 COLUMNS += "first_entropy first_above rest_entropy rest_above iid_success ood_success "
@@ -215,11 +215,14 @@ def compared(at):
 
 
 def tables(names):
-    """The arms of each study, and all comparisons with Holm's p over them, as Markdown."""
+    """The arms of each study, and all comparisons with Holm's p, as Markdown.
+
+    Holm's correction counts what was declared, also where no run is made yet.
+    """
     rows = [row for at in names for row in compared(at)]
-    highest = 0.0
+    declared, highest = sum(len(load(at).comparisons) for at in names), 0.0
     for rank, row in enumerate(sorted(rows, key=lambda row: row["p"])):
-        row["Holm"] = highest = max(highest, min(1.0, (len(rows) - rank) * row["p"]))
+        row["Holm"] = highest = max(highest, min(1.0, (declared - rank) * row["p"]))
     found = [list(arms_table(at)) for at in names] + [rows]
     return "\n".join(markdown(table) for table in found if table)
 
