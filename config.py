@@ -1,4 +1,4 @@
-"""Every setting of a run: its default, its flag, the named presets, and what is refused.
+"""Every setting of a run: its default, its flag, and what is refused.
 
 `decide` is the one place where settings are decided. A setting of yours is one field of Config, and
 is passed by name where it acts.
@@ -46,8 +46,7 @@ class Config:
     turns: int | None = option(None, "turn limit; else the tiny policy's, or the world's (30, 50)")
     model: str = option("tiny", "tiny, a folder, or an instruct model on the hub")
     lora_rank: int = option(0, "rank of LoRA adapters, which alone are trained; 0: all weights are")
-    # auto: bfloat16 on a GPU, else float32
-    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "of matrix products")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "auto: bfloat16 on a GPU")
     # on, the paper's: reason first. off: write the action alone, from a short prompt
     think: Switch | None = option(None, "reason first; else the model's own, or from 1.5 B on")
     max_tokens: int | None = option(None, "of a response; else the model's, 24 (tiny), 512, or 32")
@@ -64,12 +63,13 @@ class Config:
     weight_decay: float = option(0.01, "AdamW's")
     grad_clip: float = option(1.0, "largest gradient norm of an update")
     clip: float = option(0.2, "PPO's ε")
-    clip_high: float | None = option(None, "ε above 1, DAPO's clip-higher (0.28); else clip")
+    clip_high: float | None = option(
+        None, "another ε above 1, DAPO's clip-higher (0.28); else clip"
+    )
     entropy_coef: float = option(0.001, "λ, 0: no entropy terms")
     entropy_target: float | None = option(None, "nats: λ follows H̄, from 0 by 0.002 (Skywork-OR1)")
     # episode is Eq. 2's mean over tokens, turns, episodes; token is the flat one
     average: Literal["episode", "token"] = option("episode", "every term's mean; token: flat")
-    # indicator is v1's, and has no gradient
     smoothing: Literal["hinge", "indicator", "off"] = option("hinge", "form of P, Eq. 3")
     kappa_l: float = option(0.0, "κ_l, the corridor's floor as a share of H̄_W")
     kappa_r: float = option(2.0, "κ_r, its cap; inf: no cap")
@@ -81,20 +81,17 @@ class Config:
     shaping: float = option(0.0, "η of EA, the shaped advantage; meant for --entropy-coef 0")
     kl_coef: float = option(0.1, "weight of the KL to the reference policy (the paper: 0.01)")
     invalid_penalty: float = option(0.01, "for a turn without a valid action (paper: 0.1 of 10)")
-    # sparse: 1 for success, else 0; score: the final score / 100, not below 0
     reward: Literal["sparse", "score"] = option("sparse", "1 for success; or the score / 100")
     discount: float = option(1.0, "ppo: γ of the advantages, per turn")
     gae_lambda: float = option(1.0, "ppo: λ of the advantages (GAE)")
     critic_lr: float | None = option(None, "ppo: the critic's peak rate; else 1e-3 (tiny) or 1e-5")
     critic_minibatches: int = option(16, "ppo: the critic's updates per step")
     value_clip: float = option(0.5, "ppo: how far a value may move in a step before it is clipped")
-    preset: str | None = option(None, "named settings (config.py); a flag given beside it wins")
     eval_every: int = option(20, "steps between evaluations; the first and the last are always")
     eval_episodes: int = option(128, "episodes per evaluation on each of IID and OOD")
     eval_temperature: float = option(0.4, "sampling temperature of evaluations")
     seed: int = option(0, "seed of every random choice")
-    # mps is Apple's, and untested
-    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto: cuda, else cpu")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda, else cpu")
     out: str | None = option(None, "run folder; else runs/ENV")
     resume: bool = option(False, "continue the run in --out from its checkpoint")
 
@@ -118,22 +115,6 @@ def allowed(hint):
 
 ALLOWED = {name: allowed(hint) for name, hint in typing.get_type_hints(Config).items()}
 
-# The paper's settings (its Tables 2 and 3), where they are not the defaults above. It counts
-# mini-batches in turns (PPO 64, GRPO 128, ALFWorld 256), here they are updates of a step: with 128
-# episodes of about 20 turns these are near to it.
-PAPER = dict(tasks_per_step=16, max_tokens=512, warmup=0.1, kl_coef=0.01, eval_every=5)
-PPO = dict(PAPER, algo="ppo", lr=3e-6, minibatches=32, critic_lr=1e-5, critic_minibatches=32)
-GRPO = dict(PAPER, algo="grpo", lr=5e-6, minibatches=16)
-SCIENCEWORLD = dict(env="scienceworld", model="Qwen/Qwen2.5-7B-Instruct", steps=125, turns=30)
-ALFWORLD = dict(env="alfworld", model="Qwen/Qwen2.5-3B-Instruct", steps=150, turns=50)
-ALFWORLD |= dict(alpha=0.1, lr=5e-6, minibatches=16)
-PRESETS = {
-    "scienceworld-ppo-epo": PPO | SCIENCEWORLD,
-    "scienceworld-grpo-epo": GRPO | SCIENCEWORLD,
-    "alfworld-ppo-epo": PPO | ALFWORLD,
-    "alfworld-grpo-epo": GRPO | ALFWORLD,
-}
-
 
 def parse_flags(arguments, description=None):
     """Command line -> {name: value} of the flags that were given. Ends in one line for others."""
@@ -148,27 +129,21 @@ def parse_flags(arguments, description=None):
 def decide(given):
     """The settings of a run -> Config: checked as a whole, with nothing left to decide.
 
-    given: {name: value} of the flags. Where they say nothing the preset does, then the model's
-    folder, then the world, then the defaults. A resumed run has them in its config.json.
-    Raises SetupError.
+    given: {name: value} of the flags. Where they say nothing the model's folder does, then the
+    world, then the defaults. A resumed run has them in its config.json. Raises SetupError.
     """
     if given.get("out") == "":
         raise SetupError("--out is empty; leave it out, or name a folder")
-    if given.get("preset") not in (None, *PRESETS):
-        raise SetupError(f"unknown preset {given['preset']!r}; there are: {', '.join(PRESETS)}")
-    if given.get("resume"):
-        values = saved_settings(given)
-    else:
-        values = PRESETS.get(given.get("preset"), {}) | given
-    start = checked(values)
+    start = checked(saved_settings(given) if given.get("resume") else given)
     # what is None or "auto" is decided by the first of these that has a value for it
     model = asked_for(start.model, start.env)
     if type(model["tasks"]) is list:
         model["tasks"] = ",".join(map(str, model["tasks"]))
     if start.lora_rank:
         # an adapter needs a higher rate than all weights do; a tiny policy's is high enough
-        own = model["lr"] if model["compact"] else None
-        model["lr"] = own if model["lora_lr"] is None else model["lora_lr"]
+        model["lr"] = model["lr"] if model["compact"] else None
+        if model["lora_lr"] is not None:
+            model["lr"] = model["lora_lr"]
     long = (start.think or model["think"]) == "on"
     defaults = {
         "out": os.path.join("runs", start.env),
@@ -211,11 +186,8 @@ def saved_settings(given):
     return {**saved, **given, "out": out}
 
 
-# ---- What is refused
-
 # nothing works with more, and float32 and torch's integers hold it
 LARGEST = 10**12
-MOST_EPISODES = 10**6
 # the least and the largest value of a number; else up to LARGEST, from 0.0 or from 1
 BOUNDS = {
     # colder, float32 cannot hold the KL, or the logits
@@ -224,7 +196,8 @@ BOUNDS = {
     # no layer is wider, and torch's seeds stay in range
     "lora_rank": (0, 10**5),
     "seed": (0, LARGEST - 1),
-    "eval_episodes": (1, MOST_EPISODES),
+    "eval_episodes": (1, 10**6),
+    **dict.fromkeys(["tasks_per_step", "group_size"], (1, 1000)),
     "steps": (0, LARGEST),
     **dict.fromkeys("discount gae_lambda entropy_decay warmup min_lr".split(), (0, 1)),
     **dict.fromkeys("clip clip_high value_clip grad_clip".split(), (1e-9, LARGEST)),
@@ -236,10 +209,7 @@ def flag(name):
 
 
 def checked(values):
-    """{name: value} -> Config; the rest has its default, None is not decided yet.
-
-    Raises SetupError for what cannot work.
-    """
+    """{name: value} -> Config; None is not decided yet. SetupError for what cannot work."""
     # JSON and presets have 1 where 1.0 is meant; a larger one is refused as it is
     whole = [name for name, value in values.items() if type(value) is int and abs(value) <= LARGEST]
     floats = {name: float(values[name]) for name in whole if float in ALLOWED[name][0]}
@@ -255,13 +225,11 @@ def checked(values):
         # also of nan, which is not above anything
         if type(value) in (int, float) and not (low <= value <= high or no_cap):
             raise SetupError(f"{what} must be between {low:g} and {high:g}, not {value!r:.30}")
-    episodes = cfg.tasks_per_step * cfg.group_size
-    if episodes > MOST_EPISODES:
-        raise SetupError(f"--tasks-per-step times --group-size is above {MOST_EPISODES}")
     if cfg.kappa_l > cfg.kappa_r:
         raise SetupError(f"--kappa-l {cfg.kappa_l} is above --kappa-r {cfg.kappa_r}")
     if cfg.algo == "grpo" and cfg.group_size == 1:
         raise SetupError("--group-size 1: GRPO compares the episodes of a group; give at least 2")
+    episodes = cfg.tasks_per_step * cfg.group_size
     if episodes % cfg.minibatches:
         raise SetupError(f"--minibatches {cfg.minibatches} doesn't divide the {episodes} episodes")
     if cfg.device != "auto" and not torch.get_device_module(cfg.device).is_available():
@@ -283,7 +251,7 @@ IDLE = {
 
 
 def refuse_idle(given, cfg, compact):
-    """Refuse a flag where it does nothing; a preset or a saved run may have it. SetupError.
+    """Refuse a flag where it does nothing; a saved run may have it. SetupError.
 
     To switch off what is off is no mistake. compact: a tiny policy plays.
     """

@@ -1,23 +1,17 @@
-"""The text worlds that an agent plays in, as the rest of the code knows them.
-
-Each world is a file in worlds/: what it means, its class, its prompts, its demonstrations. Begin
-yours with a copy of worlds/keyquest.py, the smallest, and add its line to WORLDS.
-"""
+"""The text worlds, as the rest of the code knows them. Each is a file in worlds/: begin yours with
+a copy of keyquest.py, the smallest, and add it to WORLDS."""
 
 import pkgutil
 import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import NamedTuple
 
 from support.run_folder import SetupError
 
-# --env: where its class is. A world of your own is a line here.
-WORLDS = {
-    "scienceworld": "worlds.scienceworld:ScienceWorld",
-    "alfworld": "worlds.alfworld:ALFWorld",
-    "keyquest": "worlds.keyquest:KeyQuest",
-}
+# --env: the class, of the file in worlds/ that has its name
+WORLDS = {"scienceworld": "ScienceWorld", "alfworld": "ALFWorld", "keyquest": "KeyQuest"}
 NOT_AN_ACTION = "That was not a valid action: nothing happens."
 THINK_FIRST = (
     "First reason about the next step in <think>…</think>, then write exactly one action in "
@@ -27,7 +21,7 @@ ACTION_ALONE = "Reply with one action in <action>…</action> and nothing else."
 
 
 def world_class(env):
-    return pkgutil.resolve_name(WORLDS[env])
+    return pkgutil.resolve_name(f"worlds.{env}:{WORLDS[env]}")
 
 
 def make_world(cfg, compact):
@@ -44,54 +38,42 @@ class Task(NamedTuple):
 
 @dataclass
 class Observation:
-    """What the agent may know at a turn, and how the episode stands.
+    """What the agent may know at a turn, and how the episode stands."""
 
-    goal: the task in the world's words; reply: the answer to the last action; look: what is in
-    sight; objects: names that an action can refer to; score: 0 to 100, below 0 is lost; invalid:
-    the last text held no valid action. Only `success` is rewarded.
-    """
-
-    goal: str
-    reply: str
-    look: str
+    goal: str  # the task in the world's words
+    reply: str  # the answer to the last action
+    look: str  # what is in sight
     inventory: str
-    objects: tuple = ()
-    score: int = 0
+    objects: tuple = ()  # names that an action can refer to
+    score: int = 0  # 0 to 100; below 0 the episode is lost
     done: bool = False
-    success: bool = False
-    invalid: bool = False
+    success: bool = False  # the reward, unless --reward asks for the score
+    invalid: bool = False  # the last text held no valid action
 
 
 class World(AbstractContextManager):
-    """Many episodes side by side, one per slot; all that the rest of the code knows of a world.
+    """Many episodes side by side, one per slot. A subclass has these methods:
 
-    A subclass has these methods. Who plays which task is decided outside, so a group can share
-    one. An Observation of None is an episode that was lost with its simulator.
-
-        tasks(split)         the tasks of "train", "iid" or "ood"
-        start(slot, task)    begin an episode in a slot -> Observation
-        act(actions)         {slot: action} -> {slot: Observation}
-        gold(task)           a solution as a list of actions, for warm starts and tests
-        compact_prompt(past, now)  for tiny policies; past: (Observation, action) of earlier turns
-        demonstrations(rng, rare)  a classmethod -> lists of (prompt, action) to clone a tiny
-                             policy from; rare: a share, of a confident start
+    tasks(split)               the tasks of "train", "iid" or "ood"
+    start(slot, task)          begin an episode -> Observation, None: lost with its simulator
+    act(actions)               {slot: action} -> {slot: Observation, None if it was lost}
+    gold(task)                 a solution as a list of actions, for warm starts and tests
+    compact_prompt(past, now)  for tiny policies; past: (Observation, action) of earlier turns
+    demonstrations(rng, rare)  a classmethod -> lists of (prompt, action) to clone a tiny
+                               policy from; rare: a share, of a confident start
     """
 
-    # the default turn limit; it counts the agent's turns
     turns = 30
-    # the system message of chat models, at every turn; without one some templates put in theirs
-    chat_rules = ""
+    chat_rules = ""  # the system message; without one some chat templates put in theirs
     chat_objects = "You can refer to"
 
     def __init__(self, names, known):
         """names: task types, () for all. Raises SetupError for one that is not known."""
-        for name in names:
-            if name not in known:
-                message = f"unknown {type(self).__name__} task {name!r}"
-                raise SetupError(f"{message}; there are: {', '.join(known)}")
+        if unknown := [name for name in names if name not in known]:
+            message = f"unknown {type(self).__name__} task {unknown[0]!r}"
+            raise SetupError(f"{message}; there are: {', '.join(known)}")
         self.names = tuple(names) or tuple(known)
-        # slot -> the last Observation
-        self.last = {}
+        self.last = {}  # slot -> its last Observation
 
     @classmethod
     def from_config(cls, cfg, compact):
@@ -107,25 +89,18 @@ class World(AbstractContextManager):
         self.last = dict(enumerate(self.start_all(tasks)))
         return list(self.last.values())
 
-    def restart(self, slot, task):
-        """Start an episode in one slot, beside those that are being played -> Observation."""
-        self.last[slot] = self.start(slot, task)
-        return self.last[slot]
+    def start_all(self, tasks):
+        return [self.start(slot, task) for slot, task in enumerate(tasks)]
 
     def step(self, actions):
-        """{slot: action, or None if the policy wrote none} -> {slot: Observation}
-
-        A text that is no action is not sent to the world, and costs a turn.
-        """
+        """{slot: action, or None if the policy wrote none} -> {slot: Observation}"""
         valid = {slot: a for slot, a in actions.items() if self.is_valid(self.last[slot], a)}
         after = self.act(valid)
+        # what is no action is not sent to the world, and costs a turn
         for slot in actions.keys() - valid.keys():
             after[slot] = replace(self.last[slot], reply=NOT_AN_ACTION, invalid=True)
         self.last |= after
         return after
-
-    def start_all(self, tasks):
-        return [self.start(slot, task) for slot, task in enumerate(tasks)]
 
     def is_valid(self, before, action):
         return action is not None
@@ -133,81 +108,58 @@ class World(AbstractContextManager):
     def prefetch(self, tasks):
         """Begin the work of reset(tasks) in the background, if there is any."""
 
-    def close(self):
-        """Leave no process behind. A `with` block calls this at its end."""
-
     def __exit__(self, *_):
-        self.close()
+        """Leave no process behind."""
 
     def play(self, tasks, plans):
         """Play lists of actions side by side -> [(last Observation, [(Observation, action)])]"""
-        now = dict(enumerate(self.reset(tasks)))
+        self.reset(tasks)
         past = [[] for _ in tasks]
-        for t in range(max(map(len, plans), default=0)):
-            playing = [slot for slot, o in now.items() if o and not o.done and not o.invalid]
-            actions = {slot: plans[slot][t] for slot in playing if t < len(plans[slot])}
+        for row in zip_longest(*plans):
+            going = [slot for slot, o in self.last.items() if o and not o.done and not o.invalid]
+            actions = {slot: row[slot] for slot in going if row[slot]}
             for slot in actions:
-                past[slot].append((now[slot], actions[slot]))
-            now |= self.step(actions)
-        return list(zip(now.values(), past))
-
-    def plan(self, task):
-        return self.gold(task) or []
+                past[slot].append((self.last[slot], actions[slot]))
+            self.step(actions)
+        return list(zip(self.last.values(), past))
 
     def solutions(self, tasks):
-        """[(Observation, action)] of each task that its plan, the gold one or better, solves."""
-        played = self.play(tasks, [self.plan(task) for task in tasks])
+        """The [(Observation, action)] of each task that its gold actions solve."""
+        played = self.play(tasks, [self.gold(task) for task in tasks])
         return [past for last, past in played if last and last.success]
 
     def chat_prompt(self, past, now, think=True):
-        """The messages for an instruction-tuned model: the rules, and what is seen now.
-
-        think: it reasons first. Else it writes the action alone, and reads what the tiny ones do.
-        """
+        """-> what a chat model is told, by the system and by the user. think: it reasons first."""
         form = THINK_FIRST if think else ACTION_ALONE
-        rules = f"{self.chat_rules}\n\n{form}"
         state = self.long_state(past, now) if think else self.compact_prompt(past, now)
         if past and past[-1][1] is None:
             state = f"Your last reply had no action. {form}\n\n{state}"
-        return [{"role": "system", "content": rules}, {"role": "user", "content": state}]
+        return f"{self.chat_rules}\n\n{form}", state
 
     def long_state(self, past, now):
         """What the agent knows, with its last two turns (as the paper)."""
-        parts = [f"Task: {now.goal}", f"Turns taken so far: {len(past)}"]
+        told = [f"Task: {now.goal}", f"Turns taken so far: {len(past)}"]
         for before, action in past[-2:]:
-            parts.append(f"Earlier observation: {before.reply.strip()}")
-            parts.append(f"Your action then: {action or '(none that was valid)'}")
-        parts += ["", f"Observation now: {now.reply.strip()}"]
-        parts += [now.look.strip(), now.inventory.strip()]
+            told.append(f"Earlier observation: {before.reply.strip()}")
+            told.append(f"Your action then: {action or '(none that was valid)'}")
+        told += [f"\nObservation now: {now.reply.strip()}", now.look.strip(), now.inventory.strip()]
         # ALFWorld has it, and it is of no use
         if objects := ", ".join(name for name in now.objects if name != "help"):
-            parts.append(f"{self.chat_objects}: {objects}")
-        return "\n".join(parts)
+            told.append(f"{self.chat_objects}: {objects}")
+        return "\n".join(told)
 
-    @staticmethod
-    def parse_chat(text):
+    def parse_chat(self, text):
         """The action in a model's reply: what the last <action>…</action> holds, or None."""
         actions = re.findall(r"<action>(.*?)</action>", spoken(text), re.DOTALL)
-        return " ".join(actions[-1].lower().split()) or None if actions else None
+        return self.parse_compact(actions[-1].lower()) if actions else None
 
-    @staticmethod
-    def parse_compact(text):
+    def parse_compact(self, text):
         return " ".join(text.split()) or None
 
 
 def spoken(text):
     """A reply without its thoughts, of which the last may be open still."""
     return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
-
-
-def templated(tokenizer, messages, system_role, think):
-    """The text of a prompt. system_role: the chat template has one; else all is the user's."""
-    if not system_role:
-        text = "\n\n".join(message["content"] for message in messages)
-        messages = [{"role": "user", "content": text}]
-    # the switch of Qwen3 and others; a template that has none does not read it
-    more = {"add_generation_prompt": True, "enable_thinking": think}
-    return tokenizer.apply_chat_template(messages, tokenize=False, **more)
 
 
 def demonstration(prompt, past):

@@ -91,8 +91,7 @@ def smoothing_loss(entropy, history_mean, weights, kappa_l, kappa_r, alpha, form
 
     entropy, weights (T,); history_mean: H̄_W, None while there is no history (then 0) -> scalar.
     form "hinge" is Eq. 3 of v2, "off" is 0. "indicator" is v1 and the published code: P = 1
-    outside. It is piecewise constant, so its gradient is exactly zero: it changes the loss that is
-    printed and nothing else. Raises ValueError unless 0 <= κ_l <= κ_r, α >= 0 and form is known.
+    outside, whose gradient is exactly zero. Raises ValueError unless 0 <= κ_l <= κ_r and α >= 0.
     """
     if not (0 <= kappa_l <= kappa_r and alpha >= 0):
         raise ValueError(f"need 0 <= kappa_l <= kappa_r, alpha >= 0: {kappa_l}, {kappa_r}, {alpha}")

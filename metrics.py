@@ -1,11 +1,6 @@
-"""The columns of a run's log; docs/metrics.md explains each. None is no value.
-
-The terms of the loss are named in epo.py. Who reads a log takes the columns that it has.
-"""
+"""The columns of a run's log; docs/metrics.md explains each. None is no value."""
 
 import math
-from itertools import pairwise
-from statistics import pstdev
 
 import numpy as np
 
@@ -46,11 +41,12 @@ def episode_metrics(episodes, turn_limit):
 
 def group_metrics(episodes, returns):
     """uniform: the share of the groups whose returns are all equal, which have no advantage."""
-    rewards, different = returns.tolist(), {}
+    rewards = returns.tolist()
+    different = {}
     for episode, reward in zip(episodes, rewards):
         different.setdefault(episode.task, set()).add(reward)
-    uniform = [len(group) == 1 for group in different.values()]
-    return {"groups": len(uniform), "uniform": mean(uniform), "reward": mean(rewards)}
+    uniform = mean(len(group) == 1 for group in different.values())
+    return {"groups": len(different), "uniform": uniform, "reward": mean(rewards)}
 
 
 def evaluation_metrics(split, episodes, lost):
@@ -64,29 +60,24 @@ def evaluation_metrics(split, episodes, lost):
 
 
 def token_metrics(batch, cap):
-    """Where the entropy is, weighted as Eq. 2: its distribution over the bins of ENTROPY_EDGES, and
-    for the first token of a response and for the rest its mean, and the share above the cap.
-    """
+    """The distribution of entropy, weighted as in Eq. 2; first tokens of responses and the rest."""
     entropy, weights = batch.entropy.numpy(), batch.weights.numpy()
-    edges = [*ENTROPY_EDGES[:-1], math.inf]
-    histogram, _ = np.histogram(entropy, edges, weights=weights)
+    below = entropy.clip(max=ENTROPY_EDGES[-1])
+    histogram = np.histogram(below, ENTROPY_EDGES, weights=weights)[0]
     row = {"entropy_histogram": histogram.round(6).tolist()}
     # the token before a first one is of another turn
     first = np.diff(batch.turn, prepend=-1) != 0
     for name, chosen in {"first": first, "rest": ~first}.items():
         share = weights * chosen
         total = share.sum()
-        # responses of one token have no rest
-        row[f"{name}_entropy"] = (share @ entropy / total).item() if total else None
-        row[f"{name}_above"] = (share @ (entropy > cap) / total).item() if total else None
+        for what, values in {"entropy": entropy, "above": entropy > cap}.items():
+            # responses of one token have no rest
+            row[f"{name}_{what}"] = (share @ values / total).item() if total else None
     return row
 
 
 def corridor_metrics(floor, cap, history_mean, beta_k, losses, cfg):
-    """The corridor as the step used it, and the share of tokens outside it.
-
-    net_above_cap is 1 - α·β_k, which is positive where the loss still rewards more entropy.
-    """
+    """The corridor as the step used it. net_above_cap > 0: the loss still rewards more entropy."""
     hinge = cfg.smoothing == "hinge" and cfg.entropy_coef > 0 and history_mean is not None
     return {
         "history_mean": history_mean,
@@ -96,27 +87,3 @@ def corridor_metrics(floor, cap, history_mean, beta_k, losses, cfg):
         "outside": losses["below"] + losses["above"],
         "net_above_cap": 1 - cfg.alpha * beta_k if hinge else 1.0,
     }
-
-
-def summary(rows, last):
-    """A finished run's numbers -> {name: value}; None where every evaluation was lost.
-
-    before, after, best, last: success of the first and the last evaluation, of the best one, and
-    the mean of the `last` last ones, for iid and ood. jump: std of the changes of H̄_k, in nats;
-    highest: its maximum.
-    """
-    # a step has no evaluation, and one whose episodes were all lost no success
-    numbers_of = lambda name: [row[name] for row in rows if type(row.get(name)) in (int, float)]
-    entropy = numbers_of("entropy")
-    changes = [after - before for before, after in pairwise(entropy)]
-    numbers = {"jump": pstdev(changes or [0.0]), "highest": max(entropy, default=0.0)}
-    for split in ("iid", "ood"):
-        success = numbers_of(f"{split}_success")
-        of_split = {
-            "before": mean(success[:1]),
-            "after": mean(success[-1:]),
-            "best": max(success, default=None),
-            "last": mean(success[-last:]),
-        }
-        numbers |= {f"{split}_{name}": value for name, value in of_split.items()}
-    return numbers

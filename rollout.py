@@ -1,15 +1,14 @@
 """Rollouts: a policy plays many episodes at once, and every token it writes is kept.
 
-The distribution that is sampled is the distribution that is scored: softmax(logits / temperature)
-over the whole vocabulary, with no top-k, no top-p and nothing from a model's generation config.
-That is why sampling is a loop of a few lines here and not `model.generate`. Every turn is a fresh
-prompt (the paper's setting), not one growing conversation.
+What is sampled is what is scored: softmax(logits / temperature) over the whole vocabulary, with no
+top-k, no top-p and nothing from a generation config. That is why sampling is a loop here and not
+`model.generate`. Every turn is a fresh prompt (as the paper's), not one growing conversation.
 """
 
 import copy
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -22,12 +21,7 @@ from support.run_folder import one_line
 
 @dataclass
 class Turn:
-    """One turn: what the policy read and wrote.
-
-    The response ends with the end token unless the length limit cut it. observation is what the
-    policy saw, for transcripts. action is what was sent to the world, None if the text held none;
-    invalid: there was none, or the world did not know it.
-    """
+    """What the policy read and wrote. A response ends with the end token, or was cut."""
 
     index: int
     prompt: list[int]
@@ -35,20 +29,18 @@ class Turn:
     logp: list[float]
     entropy: list[float]
     text: str = ""
-    action: str | None = None
-    observation: str = ""
-    invalid: bool = False
+    action: str | None = None  # what was sent to the world, None if the text held none
+    observation: str = ""  # what the policy saw, for transcripts
+    invalid: bool = False  # there was no action, or the world did not know it
 
 
 @dataclass
 class Episode:
-    """A task as it was played. score is the world's, 0 to 100; goal is the task in its words."""
-
     task: tuple
     turns: list[Turn] = field(default_factory=list)
     success: bool = False
-    score: int = 0
-    goal: str = ""
+    score: int = 0  # the world's, 0 to 100
+    goal: str = ""  # the task in the world's words
 
 
 @torch.no_grad()
@@ -73,7 +65,8 @@ def generate(policy, prompts, temperature, max_tokens, generator=None):
             token = p.multinomial(1, generator=generator)[:, 0]  # (n,)
             logp, entropy = token_logp_and_entropy(logits, token, temperature)
             token = token.cpu()
-            for number, *sampled in zip(active, token.tolist(), logp.tolist(), entropy.tolist()):
+            sampled_now = zip(active, token.tolist(), logp.tolist(), entropy.tolist())
+            for number, *sampled in sampled_now:
                 for values, value in zip(responses[number], sampled):
                     values.append(value)
             so_far = [responses[number][0] for number in active]
@@ -120,24 +113,27 @@ def select_rows(read, kept):
 def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator=None, bar=None):
     """Play one episode per task, all at once, to its end or the turn limit.
 
-    -> (episodes, lost, seconds). lost counts the episodes dropped because their simulator died:
-    without an outcome they cannot be scored. seconds: those spent on load, generate, environment.
-    bar: a tqdm bar that counts finished episodes.
+    -> episodes, how many were lost with their simulator and so have no outcome, the seconds of
+    each part. bar: a tqdm bar that counts finished episodes.
     """
-    seconds = {"load": 0.0, "generate": 0.0, "environment": 0.0}
-    with counted(seconds, "load"):
-        now = dict(enumerate(world.reset(tasks)))
-    episodes = [Episode(task, goal=now[i].goal if now[i] else "") for i, task in enumerate(tasks)]
+    begin = time.perf_counter()
+    now = dict(enumerate(world.reset(tasks)))
+    seconds = {"load": time.perf_counter() - begin, "generate": 0.0, "environment": 0.0}
+    goals = [start.goal if start else "" for start in now.values()]
+    episodes = [Episode(task, goal=goal) for task, goal in zip(tasks, goals)]
     past = [[] for _ in tasks]
     active = [slot for slot in now if now[slot]]
     for t in range(turn_limit):
         if not active:
             break
-        with counted(seconds, "generate"):
-            sampling = (temperature, max_tokens, generator)
-            turns = write_turns(world, policy, active, past, now, t, *sampling)
-        with counted(seconds, "environment"):
-            after = world.step({slot: turn.action for slot, turn in turns.items()})
+        begin = time.perf_counter()
+        sampling = (temperature, max_tokens, generator)
+        turns = write_turns(world, policy, active, past, now, t, *sampling)
+        written = time.perf_counter()
+        actions = {slot: turn.action for slot, turn in turns.items()}
+        after = world.step(actions)
+        seconds["generate"] += written - begin
+        seconds["environment"] += time.perf_counter() - written
         for slot, turn in turns.items():
             past[slot].append((now[slot], turn.action))
             now[slot] = after[slot]
@@ -154,18 +150,12 @@ def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator
     return complete, len(episodes) - len(complete), seconds
 
 
-@contextmanager
-def counted(seconds, part):
-    """Add the time that the block takes to seconds[part]."""
-    begin = time.perf_counter()
-    yield
-    seconds[part] += time.perf_counter() - begin
-
-
 def write_turns(world, policy, active, past, now, t, temperature, max_tokens, generator):
     """The policy writes turn t of the active episodes -> {slot: Turn}."""
     texts = [policy.prompt(world, past[slot], now[slot]) for slot in active]
-    ids = {text: policy.encode(text) for text in set(texts)}
+    # a chat template has put the special tokens there already
+    encode = partial(policy.tokenizer.encode, add_special_tokens=False)
+    ids = {text: encode(text) for text in set(texts)}
     prompts = [ids[text] for text in texts]
     samples = generate(policy, prompts, temperature, max_tokens, generator)
     turns = {}
@@ -173,12 +163,10 @@ def write_turns(world, policy, active, past, now, t, temperature, max_tokens, ge
         text = policy.tokenizer.decode(sample[0], skip_special_tokens=True)
         parse = world.parse_compact if policy.compact else world.parse_chat
         action = parse(policy.opening + text)
-        seen = "\n".join((now[slot].reply, now[slot].look, now[slot].inventory))
+        before = now[slot]
+        seen = "\n".join((before.reply, before.look, before.inventory))
         turns[slot] = Turn(t, prompt, *sample, text, action, seen)
     return turns
-
-
-# ---- The proof that a model can be trained here
 
 
 def prove(policy):

@@ -21,7 +21,7 @@ from config import decide, parse_flags
 from critic import ppo_advantages, update_critic
 from envs import make_world
 from epo import adaptive_coef, beta, corridor, entropy_loss, group_advantages, mean_of_history
-from policy import choose_device, load_policy, load_weights, save_model, trained
+from policy import load_policy, load_weights, save_model, trained
 from rollout import collect, prove
 from support import report, run_folder
 from support.report import SPLITS, progress
@@ -35,8 +35,7 @@ def train(cfg):
         run_folder.refuse_existing(cfg.out)
     # LoRA's adapters begin at random
     torch.manual_seed(cfg.seed)
-    device, dtype = choose_device(cfg.device, cfg.dtype)
-    how = (device, dtype, cfg.lora_rank, cfg.think, cfg.tokens_per_batch)
+    how = (cfg.device, cfg.dtype, cfg.lora_rank, cfg.think, cfg.tokens_per_batch)
     policy = load_policy(cfg.model, cfg.env, *how)
     prove(policy)
     with make_world(cfg, policy.compact) as world:
@@ -58,8 +57,12 @@ def train(cfg):
                 run_folder.append_row(cfg.out, row)
                 run_folder.save_tensors(f"{cfg.out}/checkpoint.pt", state_of(learner, step + 1))
                 report.print_step(cfg, row)
-            save_model(policy, for_the_next_run(cfg), os.path.join(cfg.out, "model"))
-    print(report.last_line(metrics.summary(run_folder.read_log(cfg.out), last=2)))
+            # what the model asks for in its config.json (policy.py)
+            asks = {"lora_lr" if cfg.lora_rank else "lr": cfg.lr, "think": cfg.think}
+            asks |= {"tasks": list(cfg.task_names) or None, "turns": cfg.turns}
+            asks["max_tokens"] = cfg.max_tokens
+            save_model(policy, asks, os.path.join(cfg.out, "model"))
+    print(report.last_line(run_folder.read_log(cfg.out)))
     print(f"draw it: python plot.py {cfg.out} --out figures/mine")
 
 
@@ -143,29 +146,24 @@ def collect_step(world, policy, tasks, cfg, step):
     """Play the step's episodes -> as `collect`. Raises SetupError if all of them were lost."""
     torch.manual_seed(seed_of(cfg, step, "train"))
     generator = torch.Generator(policy.model.device).manual_seed(seed_of(cfg, step, "train"))
+    limits = (cfg.turns, cfg.temperature, cfg.max_tokens)
     with progress(f"step {step} collect", len(tasks)) as bar:
-        episodes, lost, seconds = collect(
-            world, policy, tasks, cfg.turns, cfg.temperature, cfg.max_tokens, generator, bar
-        )
+        episodes, lost, seconds = collect(world, policy, tasks, *limits, generator, bar)
     if not episodes:
-        causes = "a simulator died, or the games are marked unsolvable"
-        raise SetupError(f"step {step}: all {lost} episodes were lost; {causes}")
+        raise SetupError(f"step {step}: all {lost} episodes were lost with their simulators")
     return episodes, lost, seconds
 
 
 def episode_returns(episodes, cfg):
     """The reward at the end of each episode (B,), in float64 so that equal returns are equal."""
-    sparse = cfg.reward == "sparse"
-    returns = [float(e.success) if sparse else max(e.score, 0) / 100 for e in episodes]
-    return torch.tensor(returns, dtype=torch.double)
+    if cfg.reward == "sparse":
+        return torch.tensor([e.success for e in episodes], dtype=torch.double)
+    return torch.tensor([max(e.score, 0) / 100 for e in episodes], dtype=torch.double)
 
 
 def invalid_penalties(turns, cfg):
-    """What each turn loses of its advantage if it has no valid action (N,).
-
-    The paper takes it from the return. In a group in which all fail it is then the only difference,
-    GRPO divides it by itself, and the best advantage goes to the episode that failed first.
-    """
+    """What each turn loses of its advantage if it has no valid action (N,)."""
+    # it is no part of the return: in a group in which all fail GRPO would make it a full advantage
     return cfg.invalid_penalty * torch.tensor([float(turn.invalid) for turn in turns])
 
 
@@ -177,10 +175,7 @@ def grpo_advantages(episodes, returns):
 
 
 def evaluate(world, policy, tasks, cfg, step, at_once=64):
-    """Success on the fixed evaluation tasks of both splits. -> what is logged
-
-    at_once: the episodes that the simulators hold in memory side by side.
-    """
+    """Success on the evaluation tasks of both splits, `at_once` side by side -> what is logged"""
     row, begin = {}, time.perf_counter()
     for split in SPLITS:
         seed = seed_of(cfg, step, split)
@@ -195,15 +190,6 @@ def evaluate(world, policy, tasks, cfg, step, at_once=64):
                 lost += gone
         row |= metrics.evaluation_metrics(split, episodes, lost)
     return {**row, "seconds_eval": time.perf_counter() - begin}
-
-
-def for_the_next_run(cfg):
-    """What the model that a run leaves asks for in its config.json (policy.py)."""
-    settings = {"lora_lr" if cfg.lora_rank else "lr": cfg.lr, "tasks": list(cfg.task_names) or None}
-    return settings | {"think": cfg.think, "turns": cfg.turns, "max_tokens": cfg.max_tokens}
-
-
-# ---- Checkpoints
 
 
 def state_of(learner, step):
@@ -250,22 +236,17 @@ def begin_or_resume(cfg, learner, eval_tasks):
 
 
 def main():
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         train(decide(parse_flags(sys.argv[1:], __doc__)))
     except (SetupError, OSError) as error:
         # an OSError here is a disk that cannot be written
         sys.exit(f"train.py: {error}")
     except RuntimeError as error:
-        memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not memory:
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise
         less = "lower --tokens-per-batch (also with --resume), --group-size or --max-tokens"
-        others = f"or use --lora-rank or a smaller --model ({one_line(error)})"
-        sys.exit(f"train.py: out of memory; {less}, {others}")
+        sys.exit(f"train.py: out of memory ({one_line(error)}); {less}, or use --lora-rank")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; --resume with the same --out goes on from the last step")
 

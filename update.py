@@ -13,7 +13,6 @@ from policy import Policy, response_states, score_tokens, trained
 from support.forward import micro_batches
 from support.run_folder import SetupError
 
-LESS = "the last checkpoint is untouched: begin anew with a lower --lr, --entropy-coef or --kl-coef"
 # 128 MB of float32; the loss and its gradient take about six times that
 LOGITS_AT_ONCE = 2**25
 
@@ -73,16 +72,13 @@ class Batch:
     """The T response tokens of a step in one flat row, turn after turn; each tensor is (T,)."""
 
     tokens: torch.Tensor
-    # the number of the token's turn and of its episode in the batch, of its turn in the episode
-    turn: torch.Tensor
-    episode: torch.Tensor
-    index: torch.Tensor
-    # under the policy that sampled it
-    old_logp: torch.Tensor
-    entropy: torch.Tensor
+    turn: torch.Tensor  # the number of its turn in the batch
+    episode: torch.Tensor  # the number of its episode in the batch
+    index: torch.Tensor  # the number of its turn in the episode
+    old_logp: torch.Tensor  # under the policy that sampled it
+    entropy: torch.Tensor  # of that policy, too
     advantages: torch.Tensor
-    # in Eq. 2's average
-    weights: torch.Tensor
+    weights: torch.Tensor  # in Eq. 2's average
 
     def select(self, rows, device="cpu"):
         return Batch(*(column[rows].to(device) for column in vars(self).values()))
@@ -106,10 +102,10 @@ def make_batch(turns, owner, advantages, cfg):
 
 
 def update(learner, turns, batch, history_mean, beta_k, cfg, bar):
-    """One pass over the step's tokens in cfg.minibatches updates. -> the losses, summed over them.
+    """One pass over the step's tokens in cfg.minibatches updates -> their mean losses.
 
     A mini-batch has its share of the batch's weights times the number of mini-batches: an unbiased
-    estimate of the batch's gradient for any size of micro-batches.
+    estimate of the batch's gradient.
     """
     model, optimizer = learner.policy.model, learner.optimizer
     rows_of = torch.arange(len(batch.turn)).split(torch.bincount(batch.turn).tolist())
@@ -127,8 +123,7 @@ def update(learner, turns, batch, history_mean, beta_k, cfg, bar):
             bar.update(len(micro))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
         if not math.isfinite(norm + losses["loss"]):
-            what = f"loss {losses['loss']}, gradient norm {norm}"
-            raise SetupError(f"the loss or its gradient is not finite ({what}); {LESS}")
+            raise SetupError("the loss or its gradient is not finite: begin anew with a lower --lr")
         norms.append(norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -152,8 +147,10 @@ def add_gradient(policy, turns, batch, history_mean, beta_k, cfg):
     for rows in torch.arange(len(batch.tokens)).split(at_once):
         few, reference_logp = batch.select(rows, hidden.device), None
         if cfg.kl_coef:
-            # before the graph of the policy's own log-probs takes memory
-            reference_logp = policy.reference_logp(reference[rows], few.tokens, cfg.temperature)
+            with torch.no_grad():
+                frozen = policy.reference or policy.model
+                scores = score_tokens(frozen, reference[rows], few.tokens, cfg.temperature)
+            reference_logp = scores[0]
         logp, entropy = score_tokens(policy.model, states[rows], few.tokens, cfg.temperature)
         loss, terms = batch_loss(logp, entropy, few, reference_logp, history_mean, beta_k, cfg)
         loss.backward()

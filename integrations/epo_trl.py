@@ -139,7 +139,8 @@ class Episode:
 
     def reset(self, name, variation, **_):
         self._turns_left, self._last_parts = self._turns, ()
-        text = self._told(self._world.restart(self._slot, Task(name, variation)))
+        now = self._world.last[self._slot] = self._world.start(self._slot, Task(name, variation))
+        text = self._told(now)
         return f"\n\nTask: {self._now.goal}\n\n{text}" if self._now else "\n\n" + text
 
     def act(self, action: str) -> str:

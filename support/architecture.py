@@ -1,10 +1,7 @@
-"""What differs between architectures and a short sample does not show: their configuration tells.
+"""What differs between architectures, read from a configuration: `prove` cannot see all of it."""
 
-Whatever else differs is found by `prove` in rollout.py.
-"""
-
-import inspect
 from functools import cache
+from inspect import signature
 
 import torch
 
@@ -24,23 +21,18 @@ def check_room(model, tokens):
         raise SetupError(f"the model's context has room for {room} tokens, and {need}")
 
 
-@cache
-def arguments(body):
-    """What the forward pass of a class takes."""
-    return inspect.signature(body.forward).parameters
-
-
 def is_told_positions(model):
     """Whether tokens stand where position_ids says: ALiBi and GPT-Neo's window count columns."""
     config = model.config.get_text_config()
     counts = getattr(config, "alibi", False) or getattr(config, "window_size", None)
-    return "position_ids" in arguments(type(model.base_model)) and not counts
+    return "position_ids" in signature(model.base_model.forward).parameters and not counts
 
 
-def name_of_cache(model):
-    """Mamba 2 has its own."""
-    mamba = "cache_params" in arguments(type(model.base_model))
-    return "cache_params" if mamba else "past_key_values"
+@cache
+def name_of_cache(body):
+    """The argument of a class that takes a cache: Mamba 2 has a name of its own."""
+    arguments = signature(body.forward).parameters
+    return "cache_params" if "cache_params" in arguments else "past_key_values"
 
 
 def logits_of(model, hidden):

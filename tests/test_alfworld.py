@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from config import decide
-from envs import NOT_AN_ACTION, make_world
+from envs import NOT_AN_ACTION
 from support.run_folder import ROOT, SetupError
 from worlds.alfworld import ALFWORLD_TASKS, ALFWorld, hasty, ranges, remembered, useful_actions
 from worlds.alfworld_generate import FURNITURE, TRAIN_ROOMS, generate, rooms
@@ -88,7 +88,7 @@ def test_splits_are_those_of_the_benchmark(real):
 def test_walkthroughs_solve_their_games_also_when_cleaned(games, request):
     world = request.getfixturevalue(games)
     tasks = one_of_each_type(world, "train")[:3] + one_of_each_type(world, "ood")[3:]
-    gold = [world.gold(task) for task in tasks]
+    gold = [world.workers.walkthrough(world.game_of(task)) for task in tasks]
     assert all(4 <= len(plan) <= 50 for plan in gold)
     for now, _ in world.play(tasks, gold):
         assert now.success and now.done and now.score == 100 and not now.invalid
@@ -100,7 +100,7 @@ def test_walkthroughs_solve_their_games_also_when_cleaned(games, request):
 
 def test_a_hasty_demonstration_can_be_played_and_solves_only_tasks_without_a_verb(generated):
     tasks = one_of_each_type(generated, "train")
-    whole = [generated.plan(task) for task in tasks]
+    whole = [generated.gold(task) for task in tasks]
     played = generated.play(tasks, [hasty(plan) for plan in whole])
     for task, full, (now, _) in zip(tasks, whole, played, strict=True):
         # these ask for nothing but to put things somewhere
@@ -117,7 +117,8 @@ def test_members_of_a_group_start_alike_and_play_apart(generated):
     assert after[0].reply.startswith("You arrive at") and after[2].reply == NOT_AN_ACTION
     assert generated.step({1: command})[1] == after[0]
     # an episode that starts anew leaves those beside it alone
-    before = {**after, 1: generated.restart(1, other)}
+    generated.last[1] = generated.start(1, other)
+    before = dict(generated.last)
     assert before[1].goal != first.goal
     for slot, now in generated.step(dict.fromkeys(range(3), "look")).items():
         assert (now.goal, now.objects) == (before[slot].goal, before[slot].objects)
@@ -127,10 +128,10 @@ def test_members_of_a_group_start_alike_and_play_apart(generated):
     # also in a slot that an earlier reset had used, and while others are loaded
     generated.reset([task, other, task])
     generated.reset([task] * 2)
-    assert generated.restart(2, other) == before[1]
+    assert generated.start(2, other) == before[1]
     assert generated.step({1: command})[1] == after[0]
     generated.prefetch([task])
-    assert generated.restart(0, other) == before[1]
+    assert generated.start(0, other) == before[1]
 
 
 def test_ood_rooms_and_goals_never_occur_in_training():
@@ -168,7 +169,7 @@ def test_prompts_hold_what_is_needed_to_act(generated):
     now, past = generated.reset([task])[0], []
     for action in generated.gold(task):
         compact = generated.compact_prompt(past, now)
-        rules, state = [message["content"] for message in generated.chat_prompt(past, now)]
+        rules, state = generated.chat_prompt(past, now)
         assert now.goal in compact and now.goal in state
         assert len(compact) < 500 and "left " in compact
         assert rules.startswith(generated.chat_rules) and action in state and "help" not in state
@@ -261,7 +262,7 @@ def test_auto_is_generated_games_where_there_are_none(tmp_path, monkeypatch, cap
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
     cfg = decide({"env": "alfworld"})
-    with make_world(cfg, compact=True) as world:
+    with ALFWorld.from_config(cfg, compact=True) as world:
         assert cfg.games == world.games == "generated"
     assert "*generated* games" in capsys.readouterr().out
 

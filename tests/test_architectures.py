@@ -165,6 +165,6 @@ def test_the_templates_switch_follows_think_and_a_thought_is_not_played(opening,
     text, rest = "I may <action>look</action>", " so.</think><action>East</action>"
     text = text if opening else f"<think>{text}"
     for said, action in ((text, None), (text + rest, "east")):
-        ids = on.encode(said)
+        ids = on.tokenizer.encode(said, add_special_tokens=False)
         assert on.unfinished(torch.tensor(ids[-1:]), [ids]).item() == (action is None)
         assert world.parse_chat(on.opening + said) == action

@@ -1,4 +1,4 @@
-"""The documentation is true: its links, commands, flags, presets, metrics, tests and numbers.
+"""The documentation is true: its links, commands, flags, metrics, tests and numbers.
 
 A reader's new file or other loss needs no change here. Tables of the study: tests/test_study.py.
 """
@@ -14,8 +14,7 @@ import pytest
 from test_faults import call
 
 import train
-from config import PRESETS, decide
-from metrics import summary
+from config import decide
 from support import report
 from support.run_folder import read_log
 from tools import memory
@@ -99,7 +98,7 @@ def test_files_and_flags_of_commands_exist(page):
 
 
 @each_page
-def test_files_targets_presets_tests_and_functions_that_it_names_exist(page):
+def test_files_targets_tests_and_functions_that_it_names_exist(page):
     text = text_of(page)
     for name in re.findall(r"`([\w/]+\.py)`", text):
         assert any((ROOT / place / name).exists() for place in ("", "tests", "results")), name
@@ -107,8 +106,6 @@ def test_files_targets_presets_tests_and_functions_that_it_names_exist(page):
         assert list(ROOT.glob(name.rstrip("./").replace("NAME", "*"))), name
     targets = re.findall(r"^(\w+):", read(ROOT / "Makefile"), re.M)
     assert set(re.findall(r"(?:^|`|\$ )make (\w+)", text, re.M)) <= set(targets)
-    named = re.findall(r"(?:tiny|scienceworld|alfworld)-(?:ppo|grpo)-\w+", text)
-    assert set(named) <= PRESETS.keys()
     for path, name in re.findall(r"(tests/test_\w+\.py)::(\w+)", text):
         assert f"def {name}(" in read(ROOT / path), (path, name)
     for name, path in re.findall(r"`(\w+)` (?:in|of) \[?`([\w/]+\.py)`", text):
@@ -162,8 +159,7 @@ def test_every_logged_metric_is_explained_and_no_other(tmp_path):
 
 def test_output_of_the_main_command_is_that_of_its_log():
     log = read_log(ROOT / "results" / "make-train")
-    quoted = report.last_line(summary(log, last=2)).split("; Succ.*")[0]
-    assert f"{report.line(log[-1])}\n{quoted}; …\n" in read(README)
+    assert f"{report.line(log[-1])}\n{report.last_line(log)}\n" in read(README)
 
 
 def test_the_finding_counts_the_comparisons_of_the_studies():

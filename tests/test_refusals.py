@@ -44,12 +44,11 @@ def test_a_flag_that_does_nothing_is_refused(flags, where):
 
 SOMETHING = """
 --entropy-coef 0 --smoothing off|--smoothing off --dynamic-weight off|--algo ppo --critic-lr 1
---preset scienceworld-ppo-epo --algo grpo --kl-coef 0 --model tiny
 """
 
 
 @pytest.mark.parametrize("flags", rows_of(SOMETHING))
-def test_what_switches_off_or_is_of_a_preset_is_not(flags):
+def test_what_switches_off_is_not(flags):
     decide(parse_flags(["--env", "keyquest", *flags.split()]))
 
 

@@ -62,7 +62,8 @@ def test_sampled_logp_and_entropy_equal_the_recomputed_ones(env, temperature, to
         "west east | A wall. >",
         "task find plant did see kitchen : red box >",
     )
-    check_sampled_is_scored(policy, [policy.encode(text) for text in texts] * 4, temperature)
+    prompts = [policy.tokenizer.encode(text) for text in texts]
+    check_sampled_is_scored(policy, prompts * 4, temperature)
 
 
 def test_a_turns_score_and_gradient_do_not_depend_on_its_batch(policy, monkeypatch):
@@ -127,7 +128,7 @@ def test_turns_and_episodes_end_where_they_should(policy):
 def test_sampling_uses_the_whole_softmax_whatever_the_generation_config_says(policy):
     """A model's own top_k = 1 must not leak in: frequencies are within 4.5 sigma."""
     policy.model.generation_config.top_k = 1
-    prompt = policy.encode("| You wake up. You see nothing. You carry nothing. >")
+    prompt = policy.tokenizer.encode("| You wake up. You see nothing. You carry nothing. >")
     samples = generate(policy, [prompt] * 4000, 1.7, 1, torch.Generator().manual_seed(3))
     written = torch.tensor([response for response, _, _ in samples])
     counts = torch.bincount(written[:, 0], minlength=len(policy.tokenizer))

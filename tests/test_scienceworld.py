@@ -102,7 +102,7 @@ def test_a_question_is_open_until_the_next_input_and_eats_it(world, said):
     assert now.reply.startswith(SAID[said])
     assert now.invalid == (SAID[said] in (UNKNOWN, NOT_AN_ACTION))
     world.step({0: "pour cup in jug"})
-    world.restart(0, FIRST)
+    world.last[0] = world.start(0, FIRST)
     assert world.step({0: "0"})[0].invalid
 
 
@@ -143,7 +143,7 @@ def test_a_group_starts_alike_and_prefetch_loads_what_reset_asks_for(world, monk
     world.prefetch([FIRST] * 2)
     assert world.reset([FIRST] * 3) == states, "a prefetch of other tasks is not used"
     world.prefetch([FIRST] * 3)
-    world.restart(0, Task(SHORT[1], 0))
+    world.start(0, Task(SHORT[1], 0))
     assert world.reset([FIRST] * 3) == states
     assert world.step({0: "look around"})[0].goal == states[0].goal, "nor one that is stale"
     world.prefetch([FIRST] * 3)
@@ -233,6 +233,6 @@ def test_prompts_show_what_is_in_sight(world):
     assert "This room is called" not in prompt and "substance called air" not in prompt
     # of chat models: and no example action
     now = world.reset([FIRST])[0]
-    prompt = "\n".join(message["content"] for message in world.chat_prompt([], now))
+    prompt = "\n".join(world.chat_prompt([], now))
     assert "hallway" in now.objects and "You can refer to: " in prompt
     assert now.look.strip() in prompt and "<action>go" not in prompt and "e.g." not in prompt

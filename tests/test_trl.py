@@ -239,9 +239,9 @@ def given(policy, folder, flags=""):
 
 
 def test_main_plays_and_trains(policy, tmp_path, monkeypatch):
-    played, restart = [], KeyQuest.restart
-    watched = lambda world, slot, task: played.append(task) or restart(world, slot, task)
-    monkeypatch.setattr(KeyQuest, "restart", watched)
+    played, start = [], KeyQuest.start
+    watched = lambda world, slot, task: played.append(task) or start(world, slot, task)
+    monkeypatch.setattr(KeyQuest, "start", watched)
     status, _, _ = call(epo_trl, *given(policy, tmp_path))
     assert status == 0
     # the tasks of train.py, each played by a group of two

@@ -115,7 +115,7 @@ def test_a_cloned_response_is_a_solution_and_ends_where_sampling_ends(folder):
     decode = policy.tokenizer.decode
     actions = set()
     for prompt, response in turns:
-        actions.add(KeyQuest.parse_chat(decode(response)))
+        actions.add(KeyQuest().parse_chat(decode(response)))
         ids = torch.tensor(response)
         assert not policy.unfinished(ids[-1:], [response])[0]
         assert policy.unfinished(ids[-2:-1], [response[:-1]])[0]

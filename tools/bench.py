@@ -19,7 +19,6 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from config import checked, decide
-from envs import make_world
 from epo import epo_loss, token_logp_and_entropy
 from policy import Policy, add_lora, load_policy
 from rollout import Turn, collect, generate
@@ -60,7 +59,7 @@ def environment(turns=10):
 def rollout(episodes=64):
     """Whole episodes of the tiny policy in ScienceWorld; to load the tasks is left out."""
     cfg, policy = decide({"env": "scienceworld"}), load_policy("tiny", "scienceworld")
-    with make_world(cfg, compact=True) as world:
+    with ScienceWorld.from_config(cfg, compact=True) as world:
         tasks = random.Random(0).sample(world.tasks("train"), episodes)
         generator = torch.Generator().manual_seed(0)
         done, _, seconds = collect(world, policy, tasks, cfg.turns, 1.0, 24, generator)

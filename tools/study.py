@@ -26,14 +26,14 @@ import numpy as np
 from scipy.stats import bootstrap, sem, ttest_1samp
 
 from config import decide, flag, parse_flags
-from metrics import mean, summary
+from metrics import mean
 from plot import read_study
 from support import run_folder
-from support.report import read_arguments
+from support.report import SPLITS, read_arguments
 from support.run_folder import SetupError
 
 # settings that runs of an arm need not share
-OF_A_RUN = set("seed out resume preset device tokens_per_batch".split())
+OF_A_RUN = set("seed out resume device tokens_per_batch".split())
 # what is kept of a log; MORE is for figures, of the arms that they show and the first seed
 COLUMNS = "step success score entropy corridor_low corridor_high above below invalid uniform "
 COLUMNS += "first_entropy first_above rest_entropy rest_above iid_success ood_success "
@@ -41,8 +41,8 @@ COLUMNS += "entropy_coef seconds "
 MORE = "kl beta loss policy_loss entropy_loss smoothing_loss entropy_by_turn entropy_histogram"
 # numbers of a run: of its evaluations, of all its steps (area: the mean success), and means of the
 # last ten steps
-OUTCOMES = "iid_after ood_after after area highest jump success invalid "
-OUTCOMES += "first_entropy rest_entropy first_above rest_above"
+AT_THE_END = "success invalid first_entropy rest_entropy first_above rest_above".split()
+OUTCOMES = "iid_after ood_after after area highest jump".split() + AT_THE_END
 
 
 class Study(NamedTuple):
@@ -170,13 +170,14 @@ def outcomes(at):
     """{arm: {seed: {outcome: number or None}}} of a study's finished runs."""
     arms = {}
     for (arm, seed), (_, rows) in read_study(f"{at}.csv").items():
-        numbers = summary(rows, last=1)
+        steps, last = [row for row in rows if "entropy" in row], rows[-1]
+        entropy = [row["entropy"] for row in steps]
+        numbers = {name: mean(r[name] for r in steps[-10:] if name in r) for name in AT_THE_END}
+        numbers |= {f"{split}_after": last.get(f"{split}_success") for split in SPLITS}
         both = [numbers["iid_after"], numbers["ood_after"]]
         numbers["after"] = None if None in both else mean(both)
-        numbers["area"] = mean(row["success"] for row in rows if "success" in row)
-        ten = [row for row in rows if "entropy" in row][-10:]
-        for name in OUTCOMES.split():
-            numbers.setdefault(name, mean(row[name] for row in ten if name in row))
+        numbers["area"] = mean(row["success"] for row in steps)
+        numbers |= {"highest": max(entropy), "jump": np.diff(entropy).std().item()}
         arms.setdefault(arm, {})[seed] = numbers
     return arms
 
@@ -185,7 +186,7 @@ def arms_table(at):
     """Rows {column: text}: means over the seeds ± their standard errors."""
     for arm, runs in outcomes(at).items():
         row = {os.path.basename(at): arm, "seeds": len(runs)}
-        for name in OUTCOMES.split():
+        for name in OUTCOMES:
             values = [numbers[name] for numbers in runs.values() if numbers[name] is not None]
             error = f" ±{sem(values):.3f}" if len(values) > 1 else ""
             row[name] = f"{np.mean(values):.3f}{error}" if values else "–"

@@ -23,10 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config import Config, checked, decide, flag
-from envs import demonstration, make_world, world_class
+from envs import demonstration, world_class
 from policy import (
     asked_for,
-    choose_device,
     load_policy,
     load_weights,
     response_states,
@@ -128,10 +127,10 @@ def warmstart(args):
     cfg = decide(given | {"out": folder})
     # LoRA's adapter begins at random
     torch.manual_seed(cfg.seed)
-    how = (*choose_device(cfg.device, cfg.dtype), cfg.lora_rank, cfg.think, cfg.tokens_per_batch)
+    how = (cfg.device, cfg.dtype, cfg.lora_rank, cfg.think, cfg.tokens_per_batch)
     policy = load_policy(cfg.model, cfg.env, *how)
     prove(policy)
-    with make_world(cfg, compact=True) as world:
+    with world_class(cfg.env).from_config(cfg, compact=True) as world:
         os.makedirs(folder, exist_ok=True)
         with locked(folder):
             state = begin_or_go_on(policy, world, args, within("checkpoint.pt"), made)
@@ -148,7 +147,6 @@ def warmstart(args):
                 asks["lora_lr"] = 5e-4
             # a tiny policy has what it asks for from its start
             save_model(policy, {} if tiny else asks, within("whole"))
-            shutil.copytree(within("transcripts"), within("whole/transcripts"))
             result = {"settings": asdict(cfg) | vars(args), **result}
             run_folder.write_json(within("whole/warmstart.json"), result)
             os.rename(within("whole"), args.out)

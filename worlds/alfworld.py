@@ -55,7 +55,7 @@ class ALFWorld(World):
         folder = find_games(given.get("games", "auto"))
         return {"turns": cls.turns, "games": "real" if folder else "generated"}
 
-    def close(self):
+    def __exit__(self, *_):
         self.workers.close()
 
     def tasks(self, split):
@@ -117,8 +117,8 @@ class ALFWorld(World):
         return Observation(before.goal, reply, before.look, inventory, commands, **outcome)
 
     def gold(self, task):
-        """The game's walkthrough, None if it has none. It does not know where things are."""
-        return self.workers.walkthrough(self.game_of(task))
+        """Of the game's walkthrough, [] if it has none. It does not know where things are."""
+        return useful_actions(self.workers.walkthrough(self.game_of(task)) or [])
 
     # ---- the prompt of a tiny policy
 
@@ -149,9 +149,6 @@ class ALFWorld(World):
 
     # ---- demonstrations
 
-    def plan(self, task):
-        return useful_actions(self.gold(task) or [])
-
     @classmethod
     def demonstrations(cls, rng, rare=None):
         """Of 100 train games of each type, if there are so many: generated, and real if found.
@@ -176,7 +173,7 @@ class ALFWorld(World):
             chosen += [task for task in tasks if task.name == name][:100]
         for first in range(0, len(chosen), 32):
             part = chosen[first : first + 32]
-            plans = [self.plan(task) for task in part]
+            plans = [self.gold(task) for task in part]
             cut = [hasty(plan) if rng.random() < 0.6 else plan for plan in plans]
             for plan, actions, (last, past) in zip(plans, cut, self.play(part, cut), strict=True):
                 # a plan that is cut solves nothing, but its actions are valid

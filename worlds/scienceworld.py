@@ -55,7 +55,7 @@ class ScienceWorld(World):
     def from_config(cls, cfg, compact):
         return cls(cfg.task_names, cfg.simplifications, objects=not compact)
 
-    def close(self):
+    def __exit__(self, *_):
         self.simulators.close()
 
     def tasks(self, split):
