@@ -10,8 +10,9 @@ needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")
 train: $(VENV)/installed
 	$(VENV)/bin/python train.py --env scienceworld $(ARGS)
 
+## two processes; the tests of a file share what they have made
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -q $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 ## opens docs/lesson.ipynb in a browser; "Run All" in its menu "Run" runs it
 lesson: $(VENV)/lesson

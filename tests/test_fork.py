@@ -1,4 +1,4 @@
-"""A reader's fork: a world is a file and a line; a loss is three places that a search finds."""
+"""A reader's fork: a world is a file and a name; a loss is three places that a search finds."""
 
 import os
 import shutil
@@ -38,11 +38,11 @@ def run(fork, *flags):
     return result.stdout
 
 
-def test_a_world_is_one_new_file_and_one_line(fork):
-    text = (fork / "worlds" / "keyquest.py").read_text(encoding="utf-8")
-    (fork / "mine.py").write_text(text.replace("class KeyQuest", "class Mine"), encoding="utf-8")
-    line = '    "keyquest": "worlds.keyquest:KeyQuest",\n'
-    edit(fork / "envs.py", line, line + '    "mine": "mine:Mine",\n')
+def test_a_world_is_one_new_file_and_a_name(fork):
+    worlds = fork / "worlds"
+    text = (worlds / "keyquest.py").read_text(encoding="utf-8")
+    (worlds / "mine.py").write_text(text.replace("class KeyQuest", "class Mine"), encoding="utf-8")
+    edit(fork / "envs.py", '"keyquest": "KeyQuest"', '"keyquest": "KeyQuest", "mine": "Mine"')
     run(fork, *FLAGS, "--env", "mine", "--model", "models/keyquest", "--out", "runs/mine")
     assert len(log_of(fork / "runs" / "mine")) == 2
 

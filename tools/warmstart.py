@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, fields
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -216,7 +217,7 @@ def solved_turns(policy, world, args):
     """-> turns, as (prompt ids, response ids), and for each epoch the order of their numbers"""
     tasks = draw_tasks(world.tasks("train"), args.demos, f"demonstrations {args.seed}")
     write = lambda past, now: policy.prompt(world, past, now)
-    pairs, encode = [], policy.encode
+    pairs, encode = [], partial(policy.tokenizer.encode, add_special_tokens=False)
     # as many side by side as simulators hold
     for first in range(0, args.demos, 16):
         for past in world.solutions(tasks[first : first + 16]):
