@@ -200,7 +200,7 @@ FAULTS = [
     ("run/log.jsonl", "\n.*", "", "no whole row yet"),
     ("run/log.jsonl", '"kl": 0.02', '"kl": [1]', "run cannot be read (setting an array"),
     ("run/log.jsonl", r"\[0.75.*", "[1]}\n", "run cannot be read (cannot reshape"),
-    ("run/log.jsonl", r"\[0.75", '["x"', "is not what a run writes"),
+    ("run/log.jsonl", r"\[0.75", '["x"', "not the numbers of step 0"),
     ("s.csv", "epo,0,0.*?\n", "", "a step is not in it"),
     ("s.csv", ",0.05", ",x", "s.csv cannot be read (JSONDecodeError"),
     ("s.csv", "epo", "other", "KeyError: 'other'"),

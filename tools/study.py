@@ -20,6 +20,7 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from functools import cache
+from statistics import pstdev
 from typing import NamedTuple
 
 import numpy as np
@@ -177,7 +178,8 @@ def outcomes(at):
         both = [numbers["iid_after"], numbers["ood_after"]]
         numbers["after"] = None if None in both else mean(both)
         numbers["area"] = mean(row["success"] for row in steps)
-        numbers |= {"highest": max(entropy), "jump": np.diff(entropy).std().item()}
+        changes = np.diff(entropy).tolist()
+        numbers |= {"highest": max(entropy), "jump": pstdev(changes or [0.0])}
         arms.setdefault(arm, {})[seed] = numbers
     return arms
 
