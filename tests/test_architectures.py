@@ -58,18 +58,22 @@ REFUSED = [
 def check_against_the_plain_model(policy):
     """Rows that share a prefix, of other lengths, one twice, that end at other times."""
     policy.end = [*policy.end, *range(0, 800, 6)]
-    prompts = [[*range(20, 60), *[7, 8, 9] * n] for n in (1, 4, 9, 9)]
+    prefix = list(range(20, 60))
+    prompts = [prefix + [7, 8, 9] * n for n in (1, 4, 9, 9)]
     samples = generate(policy, prompts, 1.0, 6, torch.Generator().manual_seed(1))
     turns = [Turn(0, prompt, *sample) for prompt, sample in zip(prompts, samples)]
     assert len({len(turn.response) for turn in turns}) > 1
     plain = []
     for turn in turns:
-        logits = policy.model(torch.tensor([turn.prompt + turn.response]), use_cache=False).logits
-        log_p = logits[0, len(turn.prompt) - 1 : -1].log_softmax(-1)
-        plain.append(log_p.gather(-1, torch.tensor(turn.response)[:, None])[:, 0])
-    sampled = torch.tensor([x for turn in turns for x in turn.logp])
-    close(sampled, torch.cat(plain), atol=1e-3)
-    close(scored(policy, turns)[0], torch.cat(plain), atol=1e-3)
+        ids = torch.tensor([turn.prompt + turn.response])
+        logits = policy.model(ids, use_cache=False).logits[0]
+        log_p = logits.log_softmax(-1)
+        for place, token in enumerate(turn.response, len(turn.prompt)):
+            plain.append(log_p[place - 1, token])
+    plain = torch.stack(plain)
+    sampled = sum([turn.logp for turn in turns], [])
+    close(torch.tensor(sampled), plain, atol=1e-3)
+    close(scored(policy, turns)[0], plain, atol=1e-3)
     return shareable(policy.model, prompts)[1]
 
 
@@ -80,26 +84,31 @@ def test_an_architecture_of_the_table(name, lora, prompts, kind, settings, tmp_p
     policy = load_policy(folder, "keyquest")
     prove(policy)
     assert capsys.readouterr().out == ""
-    assert (check_against_the_plain_model(policy) > 0) == (prompts == ONCE)
+    shared = check_against_the_plain_model(policy)
+    assert (shared > 0) == (prompts == ONCE)
     if lora != "yes":
         return
     policy = load_policy(folder, "keyquest", lora_rank=2)
-    before = [p.clone() for p in trained(policy.model).values()], torch.get_rng_state()
+    before = [p.clone() for p in trained(policy.model).values()]
+    chance = torch.get_rng_state()
     prove(policy)
-    after = [*trained(policy.model).values()], torch.get_rng_state()
-    assert all(map(torch.equal, before[0], after[0])) and torch.equal(before[1], after[1])
+    assert all(map(torch.equal, before, trained(policy.model).values()))
+    assert torch.equal(torch.get_rng_state(), chance)
     move(policy)
     check_against_the_plain_model(policy)
-    save_model(policy, dict.fromkeys(ASKS), str(tmp_path / "again"))
+    again = str(tmp_path / "again")
+    save_model(policy, dict.fromkeys(ASKS), again)
+    model = load_policy(again, "keyquest").model
     ids = torch.arange(40)[None]
-    again = load_policy(str(tmp_path / "again"), "keyquest").model(ids).logits
-    close(again, policy.model(ids).logits, atol=1e-3)
+    close(model(ids).logits, policy.model(ids).logits, atol=1e-3)
 
 
 def test_the_page_has_the_rows_that_are_tested():
     with open(os.path.join(ROOT, "docs", "models.md")) as file:
         lines = re.findall(r"^\| (.*) \| (yes|no) \| (.*) \|$", file.read(), re.MULTILINE)
-    on_page = [(name, *rest) for names, *rest in lines for name in names.split(", ")]
+    on_page = []
+    for names, lora, prompts in lines:
+        on_page += [(name, lora, prompts) for name in names.split(", ")]
     assert sorted(on_page) == sorted(row[:3] for row in ROWS)
 
 
@@ -136,9 +145,11 @@ LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 6, long_factor=[4.0] 
 def test_a_row_that_the_context_has_no_room_for_is_refused(kind, settings, room, tmp_path):
     policy = load_policy(save(tmp_path, architecture=kind, **settings), "keyquest")
     prove(policy)
-    generate(policy, [[5] * (room - 8)], 1.0, 8)
-    with pytest.raises(SetupError, match=f"room for {room} tokens, and {room + 1} are needed"):
-        generate(policy, [[5, 6], [5] * (room - 7)], 1.0, 8)
+    fits = [5] * (room - 8)
+    generate(policy, [fits], 1.0, 8)
+    line = f"room for {room} tokens, and {room + 1} are needed"
+    with pytest.raises(SetupError, match=line):
+        generate(policy, [[5, 6], fits + [5]], 1.0, 8)
 
 
 # a template is a program
@@ -157,14 +168,20 @@ def test_a_folder_that_lacks_something_is_refused(template, tmp_path):
 @pytest.mark.parametrize("opening", ["", "<think>"])
 def test_the_templates_switch_follows_think_and_a_thought_is_not_played(opening, tmp_path):
     switch = "{{ '%s' if enable_thinking else '<think></think>' }}" % opening
-    folder, world = save(tmp_path, template=TEMPLATE.replace("agent ", switch)), KeyQuest()
-    now = world.reset(world.tasks("train")[:1])[0]
-    off, on = (load_policy(folder, "keyquest", think=think) for think in ("off", "on"))
+    template = TEMPLATE.replace("agent ", switch)
+    folder, world = save(tmp_path, template=template), KeyQuest()
+    (now,) = world.reset(world.tasks("train")[:1])
+    off = load_policy(folder, "keyquest", think="off")
     assert off.prompt(world, [], now).endswith("<think></think>")
-    assert on.prompt(world, [], now).endswith(opening) and on.opening == opening
-    text, rest = "I may <action>look</action>", " so.</think><action>East</action>"
-    text = text if opening else f"<think>{text}"
-    for said, action in ((text, None), (text + rest, "east")):
+    on = load_policy(folder, "keyquest", think="on")
+    assert on.opening == opening
+    assert on.prompt(world, [], now).endswith(opening)
+    thought = "I may <action>look</action>"
+    if not opening:
+        thought = f"<think>{thought}"
+    whole = thought + " so.</think><action>East</action>"
+    for said, action in ((thought, None), (whole, "east")):
         ids = on.tokenizer.encode(said, add_special_tokens=False)
-        assert on.unfinished(torch.tensor(ids[-1:]), [ids]).item() == (action is None)
+        goes_on = on.unfinished(torch.tensor(ids[-1:]), [ids]).item()
+        assert goes_on == (action is None)
         assert world.parse_chat(on.opening + said) == action

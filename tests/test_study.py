@@ -219,6 +219,22 @@ b,1,0,0.25,1,,
 """
 
 
+def test_in_how_many_runs_the_variance_of_entropy_falls():
+    """Over four quarters, as v1's abstract has it."""
+    falls = {True: [], False: []}
+    for name in ("short", "coin", "scienceworld", "alfworld"):
+        for config, rows in plot.read_study(f"{AT[name]}.csv").values():
+            entropy = [row["entropy"] for row in rows if "entropy" in row]
+            variances = [quarter.var() for quarter in np.array_split(entropy, 4)]
+            plain = config["entropy_coef"] == 0
+            if plain or (config["smoothing"] == "hinge" and config["alpha"] < 1):
+                falls[plain].append(variances == sorted(set(variances), reverse=True))
+    says = "falls in {} of {} runs of EPO as published in our earlier study, and in {} of {} plain"
+    counts = [f(falls[plain]) for plain in (False, True) for f in (sum, len)]
+    paper = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    assert says.format(*counts) in " ".join(paper.split())
+
+
 def test_comparisons_by_hand(tmp_path):
     (tmp_path / "x.csv").write_text(TABLE)
     texts = ["1 success a < b", "1 success a > b", "1 jump a < b", "1 jump a > b"]

@@ -37,17 +37,22 @@ def x(*values):
 
 def all_turns(episodes):
     """-> the turns, and the episode of each (N,)"""
-    turns = [turn for episode in episodes for turn in episode.turns]
-    owner = [i for i, episode in enumerate(episodes) for _ in episode.turns]
+    turns, owner = [], []
+    for i, episode in enumerate(episodes):
+        turns += episode.turns
+        owner += [i] * len(episode.turns)
     return turns, torch.tensor(owner)
 
 
 def played(lengths, invalid, wins=()):
     """A group of episodes by their numbers of turns and of invalid turns."""
     group = []
-    for i, (n, bad) in enumerate(zip(lengths, invalid, strict=True)):
-        turns = [Turn(t, [1], [2], [-1.0], [0.5], invalid=t < bad) for t in range(n)]
-        group.append(Episode(Task("find-plant", 0), turns, success=i in wins))
+    for i, (length, bad) in enumerate(zip(lengths, invalid, strict=True)):
+        episode = Episode(Task("find-plant", 0), success=i in wins)
+        for t in range(length):
+            turn = Turn(t, [1], [2], [-1.0], [0.5], invalid=t < bad)
+            episode.turns.append(turn)
+        group.append(episode)
     return group
 
 
@@ -57,7 +62,8 @@ def played(lengths, invalid, wins=()):
 def advantages_of_turns(episodes, cfg):
     """GRPO's advantages as rl_step makes them -> a list for each episode."""
     turns, owner = all_turns(episodes)
-    of_episodes = train.grpo_advantages(episodes, train.episode_returns(episodes, cfg))
+    returns = train.episode_returns(episodes, cfg)
+    of_episodes = train.grpo_advantages(episodes, returns)
     advantages = of_episodes[owner] - train.invalid_penalties(turns, cfg)
     return [advantages[owner == i].tolist() for i in range(len(episodes))]
 
@@ -67,16 +73,21 @@ def test_an_episode_that_dies_early_never_beats_its_group_for_being_short():
 
     Normalised with the return, as the paper has it, the penalty would give the eighth +2.24.
     """
-    invalid, lengths = [10, 8, 12, 9, 10, 11, 7, 0], [12] * 7 + [1]
-    normalised = group_advantages(-0.01 * torch.tensor(invalid).double(), torch.zeros(8))
+    lengths = [12] * 7 + [1]
+    invalid = [10, 8, 12, 9, 10, 11, 7, 0]
+    penalties = 0.01 * torch.tensor(invalid).double()
+    normalised = group_advantages(-penalties, torch.zeros(8))
     assert normalised[7].item() == approx(2.24, abs=0.01)
-    lost = advantages_of_turns(played(lengths, invalid), Config())
+    all_lose = played(lengths, invalid)
+    lost = advantages_of_turns(all_lose, Config())
     for of_episode, bad in zip(lost, invalid, strict=True):
-        penalties = [-0.01 * (t < bad) for t in range(len(of_episode))]
-        assert of_episode == approx(penalties)
+        good = len(of_episode) - bad
+        assert of_episode == approx([-0.01] * bad + [0.0] * good)
     # beside a winner it has the advantage of all who fail, and the penalty is as small as before
-    won = advantages_of_turns(played(lengths, invalid, wins=(0,)), Config())
-    failure = (0 - 1 / 8) / (8**-0.5 + 1e-6)
+    one_wins = played(lengths, invalid, wins=(0,))
+    won = advantages_of_turns(one_wins, Config())
+    mean, std = 1 / 8, 8**-0.5
+    failure = (0 - mean) / (std + 1e-6)
     assert won[7] == approx([failure], abs=1e-6)
     assert won[2] == approx([failure - 0.01] * 12, abs=1e-6)
     assert won[0][-1] == approx(7 * -failure, abs=1e-5)
@@ -85,7 +96,8 @@ def test_an_episode_that_dies_early_never_beats_its_group_for_being_short():
 def test_a_group_is_of_one_variation_not_of_one_type():
     episodes = [Episode(Task("short", variation)) for variation in (1, 1, 2, 2)]
     # no member of a group did better than another
-    assert not train.grpo_advantages(episodes, x(1.0, 1.0, 0.0, 0.0).double()).any()
+    returns = x(1.0, 1.0, 0.0, 0.0).double()
+    assert not train.grpo_advantages(episodes, returns).any()
 
 
 def test_returns_by_hand():
@@ -93,24 +105,29 @@ def test_returns_by_hand():
     episodes = played([12, 3, 1], [0, 0, 0], wins=(1,))
     for episode, score in zip(episodes, (50, 100, -100), strict=True):
         episode.score = score
-    assert episode_metrics(episodes, 12)["failed_early"] == 1 / 3
-    assert train.episode_returns(episodes, Config()).tolist() == [0, 1, 0]
-    assert train.episode_returns(episodes, Config(reward="score")).tolist() == [0.5, 1, 0]
+    assert episode_metrics(episodes, turn_limit=12)["failed_early"] == 1 / 3
+    by_success = train.episode_returns(episodes, Config())
+    assert by_success.tolist() == [0, 1, 0]
+    by_score = train.episode_returns(episodes, Config(reward="score"))
+    assert by_score.tolist() == [0.5, 1, 0]
 
 
 def test_ppo_normalises_with_the_weights_of_eq_2():
     """Raw advantages 0 in one turn and 1 in three: an episode counts once, however long it is."""
-    values, owner = x(0.0, -1.0, -1.0, -1.0), x(0, 1, 1, 1)
-    advantages, targets = ppo_advantages(values, x(0.0, 0.0), owner, Config())
+    values = x(0.0, -1.0, -1.0, -1.0)
+    owner, returns = x(0, 1, 1, 1), x(0.0, 0.0)
+    advantages, targets = ppo_advantages(values, returns, owner, Config())
     # the mean is 1/2 and so is the standard deviation; by turns the mean would be 3/4
     assert advantages.tolist() == approx([-1, 1, 1, 1], abs=1e-5)
     assert not targets.any()
     # the reward is at the last turn alone: what each turn is to predict is the return, γ = λ = 1
-    values, given = x(0.5, 0.25, 0.75, 0.5, 0.0), (x(1.0, 0.0), x(0, 0, 1, 1, 1))
-    _, targets = ppo_advantages(values, *given, Config())
+    values = x(0.5, 0.25, 0.75, 0.5, 0.0)
+    owner, returns = x(0, 0, 1, 1, 1), x(1.0, 0.0)
+    _, targets = ppo_advantages(values, returns, owner, Config())
     assert targets.tolist() == approx([1, 1, 0, 0, 0])
     # or the next value, halved, γ = 1/2 and λ = 0
-    _, targets = ppo_advantages(values, *given, Config(discount=0.5, gae_lambda=0.0))
+    cfg = Config(discount=0.5, gae_lambda=0.0)
+    _, targets = ppo_advantages(values, returns, owner, cfg)
     assert targets.tolist() == approx([0.125, 1, 0.25, 0, 0])
 
 
@@ -124,22 +141,32 @@ def test_an_invalid_turn_of_a_step_has_a_lower_advantage(algo, tmp_path, monkeyp
     ((turns, owner, advantages, _),) = made
     invalid = torch.tensor([turn.invalid for turn in turns])
     assert 0 < invalid.sum() < len(turns)
+    without = advantages + 0.01 * invalid
     for i in owner.unique():
-        without = (advantages + 0.01 * invalid)[owner == i]
-        assert (without - without[0]).abs().max() < 1e-6
+        of_episode = without[owner == i]
+        assert (of_episode - of_episode[0]).abs().max() < 1e-6
 
 
 # ---- metrics
 
 
+def batch_of(**given):
+    """A batch of tokens by the names of its tensors; one that is not given is zero."""
+    zeros = torch.zeros(len(given["weights"]))
+    names = update.Batch.__annotations__
+    return update.Batch(**dict.fromkeys(names, zeros) | given)
+
+
 def test_shares_of_tokens_by_hand():
     """Old log-prob 0; ratios of 1, 1.5 and 0.5; the corridor is from 0.25 to 1 nats."""
-    none = torch.zeros(3)
-    batch = update.Batch(none, none, none, none, none, none, none, x(0.5, 0.3, 0.2))
-    cfg, logp = Config(kappa_l=0.5, kappa_r=2.0), x(1.0, 1.5, 0.5).log()
-    _, terms = update.batch_loss(logp, x(0.1, 1.5, 0.5), batch, None, 0.5, 1.5, cfg)
-    shares = (terms["below"], terms["above"], terms["clip_fraction"])
-    assert shares == approx((0.5, 0.3, 0.3 + 0.2))
+    batch = batch_of(weights=x(0.5, 0.3, 0.2))
+    logp = x(1.0, 1.5, 0.5).log()
+    entropy = x(0.1, 1.5, 0.5)
+    cfg = Config(kappa_l=0.5, kappa_r=2.0)
+    _, terms = update.batch_loss(logp, entropy, batch, None, 0.5, 1.5, cfg)
+    assert terms["below"] == approx(0.5)
+    assert terms["above"] == approx(0.3)
+    assert terms["clip_fraction"] == approx(0.3 + 0.2)
 
 
 def test_variants_by_hand():
@@ -147,11 +174,12 @@ def test_variants_by_hand():
 
     EPO-Decay at turn 0 of 2: 1.5 times the entropy. EA, at a ratio of 1: 1 + min(H / 4, 1 / 2).
     """
-    none, number = torch.zeros(2), x(0, 1)
-    batch = update.Batch(none, number, number, x(0, 0), none, none, none + 1, x(0.5, 0.5))
-    terms = lambda **given: update.batch_loss(
-        none, x(1.0, 3.0), batch, None, None, 2.0, Config(turns=2, smoothing="off", **given)
-    )[1]
+    numbers = dict(turn=x(0, 1), episode=x(0, 1), index=x(0, 0))
+    batch = batch_of(**numbers, advantages=x(1.0, 1.0), weights=x(0.5, 0.5))
+    logp, entropy = x(0.0, 0.0), x(1.0, 3.0)
+    cfg = Config(turns=2, smoothing="off")
+    given = (logp, entropy, batch, None, None, 2.0)
+    terms = lambda **more: update.batch_loss(*given, replace(cfg, **more))[1]
     assert terms()["entropy_loss"] == approx(2.0)
     assert terms(entropy_decay=0.5)["entropy_loss"] == approx(1.5 * 2.0)
     assert terms()["policy_loss"] == approx(-1.0)
@@ -160,20 +188,25 @@ def test_variants_by_hand():
 
 def test_the_distribution_of_token_entropies_is_weighted():
     """Two episodes: one turn of two tokens; two turns of one token, and of three."""
-    entropy, turn = x(1.0, 0.0, 1.0, 1.0, 0.0, 20.0), x(0, 0, 1, 2, 2, 2)
-    weights = x(1 / 4, 1 / 4, 1 / 4, 1 / 12, 1 / 12, 1 / 12)
-    none, whole = torch.zeros(6), torch.arange(6)
-    batch = update.Batch(none, turn, none, none, none, entropy, none, weights)
-    row = token_metrics(batch, 0.5)
+    turn = x(0, 0, 1, 2, 2, 2)
+    entropy = x(1.0, 0.0, 1.0, 1.0, 0.0, 20.0)
+    weights = x(3, 3, 3, 1, 1, 1) / 12
+    batch = batch_of(turn=turn, entropy=entropy, weights=weights)
+    row = token_metrics(batch, cap=0.5)
     # the bin that has 1.0, the first one and the last one
     assert ENTROPY_EDGES[9] < 1.0 < ENTROPY_EDGES[10]
-    histogram = [1 / 3, *[0.0] * 8, 7 / 12, *[0.0] * 21, 1 / 12]
+    histogram = [0.0] * 32
+    histogram[9] = 7 / 12
+    histogram[0] = 1 / 3
+    histogram[31] = 1 / 12
     assert row["entropy_histogram"] == approx(histogram, abs=1e-6)
     assert (row["first_entropy"], row["first_above"]) == approx((1.0, 1.0))
     assert (row["rest_entropy"], row["rest_above"]) == approx((20 / 5, 1 / 5))
     # responses of one token have no rest
-    row = token_metrics(replace(batch, turn=whole), math.inf)
-    assert (row["rest_entropy"], row["rest_above"], row["first_above"]) == (None, None, 0)
+    single = replace(batch, turn=torch.arange(6))
+    row = token_metrics(single, cap=math.inf)
+    assert row["first_above"] == 0
+    assert row["rest_entropy"] is None and row["rest_above"] is None
 
 
 # ---- the gradient
@@ -182,17 +215,20 @@ def test_the_distribution_of_token_entropies_is_weighted():
 @pytest.fixture(scope="module")
 def batch():
     policy, world = load_policy("tiny", "keyquest"), KeyQuest()
+    tasks = world.tasks("train")[:8]
     generator = torch.Generator().manual_seed(0)
-    episodes, _, _ = collect(world, policy, world.tasks("train")[:8], 7, 1.0, 8, generator)
+    episodes, _, _ = collect(world, policy, tasks, 7, 1.0, 8, generator)
     _, owner = all_turns(episodes)
-    return policy, episodes, torch.randn(8, generator=generator)[owner]
+    of_episodes = torch.randn(8, generator=generator)
+    return policy, episodes, of_episodes[owner]
 
 
 def move(model):
     """As if it had learnt something."""
     for p in model.parameters():
         generator = torch.Generator().manual_seed(p.numel())
-        p.data += 0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        p.data += 0.01 * noise
 
 
 def gradient_of(model):
@@ -206,7 +242,8 @@ def gradient(batch, **options):
     """The gradients that `update` hands to the optimizer, and its log."""
     policy, episodes, advantages = batch
     model, taken = copy.deepcopy(policy.model).double(), []
-    policy = replace(policy, model=model, reference=copy.deepcopy(model).requires_grad_(False))
+    reference = copy.deepcopy(model).requires_grad_(False)
+    policy = replace(policy, model=model, reference=reference)
     move(model)
 
     class Record:
@@ -216,7 +253,7 @@ def gradient(batch, **options):
         def zero_grad(self):
             model.zero_grad()
 
-    cfg = Config(**{"minibatches": 1, "grad_clip": 1e9, **TERMS, **options})
+    cfg = Config(**dict(minibatches=1, grad_clip=1e9) | TERMS | options)
     torch.manual_seed(0)
     learner = update.Learner(policy, Record(), None, None, [])
     turns, owner = all_turns(episodes)
@@ -226,7 +263,8 @@ def gradient(batch, **options):
 
 
 def near(a, b):
-    return (a - b).abs().max() < 1e-5 * b.abs().max()
+    error = (a - b).abs().max()
+    return error < 1e-5 * b.abs().max()
 
 
 # tokens of a forward pass, and logits at once: of 1, 3 and 5 tokens, for a vocabulary of 27
@@ -256,17 +294,18 @@ def test_gradient_is_that_of_the_direct_formula(batch):
             logits = model(ids).logits[0, -n - 1 : -1]
             reference_logits = start(ids).logits[0, -n - 1 : -1].detach()
             tokens = torch.tensor(t.response)
-            w = torch.full((n,), 1 / (n * len(e.turns) * len(episodes)), dtype=torch.float64)
+            weight = 1 / (n * len(e.turns) * len(episodes))
             logp, entropy = token_logp_and_entropy(logits, tokens)
+            reference_logp, _ = token_logp_and_entropy(reference_logits, tokens)
             part, _ = epo_loss(
                 logp=logp,
                 old_logp=torch.tensor(t.logp),
                 entropy=entropy,
                 advantages=advantages[number],
-                weights=w,
+                weights=torch.full((n,), weight, dtype=torch.float64),
                 history_mean=0.4,
                 beta_k=1.5,
-                reference_logp=token_logp_and_entropy(reference_logits, tokens)[0],
+                reference_logp=reference_logp,
                 **TERMS,
             )
             loss = loss + part
@@ -297,8 +336,10 @@ def test_mini_batches_are_an_unbiased_split_of_the_batch(batch):
 
 def test_critic_reads_the_last_prompt_token_and_learns_the_same_for_any_micro_batch(batch):
     policy, episodes, _ = batch
-    turns, critics = all_turns(episodes)[0], []
-    targets = torch.tensor([float(len(turn.prompt) % 3) for turn in turns])
+    turns, _ = all_turns(episodes)
+    lengths = torch.tensor([len(turn.prompt) for turn in turns])
+    targets = (lengths % 3).float()
+    heads = []
     for size in (10**6, 60):
         torch.manual_seed(0)
         critic = Critic(policy.model)
@@ -308,16 +349,16 @@ def test_critic_reads_the_last_prompt_token_and_learns_the_same_for_any_micro_ba
         optimizer = torch.optim.SGD(critic.trained().values(), lr=0.01)
         cfg = Config(critic_minibatches=2, tokens_per_batch=size)
         update_critic(critic, optimizer, turns, old, targets, cfg)
-        critics.append(critic)
-    weight = critics[0].head.weight
-    assert weight.abs().max() > 1e-3
-    assert torch.allclose(weight, critic.head.weight, atol=1e-6)
+        heads.append(critic.head.weight.detach().clone())
+    assert heads[0].abs().max() > 1e-3
+    assert torch.allclose(*heads, atol=1e-6)
     torch.nn.init.normal_(critic.head.weight)
     whole = critic.values(turns, 10**6)
     assert whole.std() > 0.1
     assert torch.allclose(critic.values(turns, 1), whole, atol=1e-5)
-    hidden = critic.body(torch.tensor([turns[3].prompt])).last_hidden_state[0, -1]
-    assert torch.allclose(critic.head(hidden), whole[3], atol=1e-5)
+    prompt = torch.tensor([turns[3].prompt])
+    last = critic.body(prompt).last_hidden_state[0, -1]
+    assert torch.allclose(critic.head(last), whole[3], atol=1e-5)
 
 
 def test_value_loss_and_explained_variance_by_hand():
@@ -327,9 +368,11 @@ def test_value_loss_and_explained_variance_by_hand():
     assert loss(1.0, 2.0) == approx(0.5 * 1.5**2)
     assert loss(1.0, -1.0) == approx(0.5 * 2**2)
     assert loss(0.25, 1.0) == approx(0.5 * 0.75**2)
-    targets, constant = x(1.0, 2.0, 3.0), x(5.0, 5.0, 5.0)
+    targets = x(1.0, 2.0, 3.0)
+    constant = x(5.0, 5.0, 5.0)
     assert explained_variance(targets, targets) == 1
-    assert explained_variance(constant, targets) == explained_variance(targets, constant) == 0
+    assert explained_variance(constant, targets) == 0
+    assert explained_variance(targets, constant) == 0
 
 
 # ---- runs
@@ -341,19 +384,23 @@ def test_indicator_equals_base_in_every_weight_and_the_hinge_does_not(algo, tmp_
     smoothing. Under PPO too: the published launcher passed its smoothing flags for GRPO only."""
     weights = {}
     for form in ("off", "indicator", "hinge"):
-        corridor = [] if form == "off" else ["--kappa-r", 1, "--alpha", 1]
-        terms = ["--entropy-coef", 0.01, "--smoothing", form, *corridor]
-        run(tmp_path / form, "--algo", algo, *terms)
-        weights[form] = torch.load(tmp_path / form / "checkpoint.pt")["model"]
+        flags = ["--algo", algo, "--entropy-coef", 0.01, "--smoothing", form]
+        if form != "off":
+            flags += ["--kappa-r", 1, "--alpha", 1]
+        out = tmp_path / form
+        run(out, *flags)
+        weights[form] = torch.load(out / "checkpoint.pt")["model"]
     off, indicator, hinge = weights.values()
-    assert all(torch.equal(indicator[name], off[name]) for name in off)
-    assert not all(torch.equal(hinge[name], off[name]) for name in off)
+    equal = lambda other: all(torch.equal(other[name], off[name]) for name in off)
+    assert equal(indicator)
+    assert not equal(hinge)
 
 
 def test_window_and_constant_weight(tmp_path):
     run(tmp_path / "run", "--window", 1, "--dynamic-weight", "off")
-    first, second, third, _ = log_of(tmp_path / "run")
-    assert first["beta"] == second["beta"] == third["beta"] == 1.0
+    *steps, _ = log_of(tmp_path / "run")
+    assert [row["beta"] for row in steps] == [1.0, 1.0, 1.0]
+    first, second, third = steps
     assert second["history_mean"] == first["entropy"]
     assert third["history_mean"] == second["entropy"]
 
@@ -363,33 +410,42 @@ def test_it_learns(algo, tmp_path):
     """From a start that can write and walk and has no idea what for, to most of the layouts that it
     never saw."""
     flags = "--steps 12 --turns 20 --tasks-per-step 8 --group-size 8 --minibatches 4 --kl-coef 0.01"
-    run(tmp_path / "run", *f"{flags} --eval-every 4 --eval-episodes 50 --algo {algo}".split())
-    before, *after = [row["iid_success"] for row in log_of(tmp_path / "run")[::4]]
-    assert before < 0.3 and max(after) > 0.6, after
+    flags += f" --eval-every 4 --eval-episodes 50 --algo {algo}"
+    run(tmp_path / "run", *flags.split())
+    evaluations = log_of(tmp_path / "run")[::4]
+    before, *after = [row["iid_success"] for row in evaluations]
+    assert before < 0.3
+    assert max(after) > 0.6, after
 
 
 def test_an_evaluation_plays_every_task_and_one_that_was_lost_is_no_failure():
-    world, policy, parts = KeyQuest(), load_policy("tiny", "keyquest"), []
-    start, tasks = world.start_all, {split: world.tasks(split)[:5] for split in ("iid", "ood")}
+    world, policy = KeyQuest(), load_policy("tiny", "keyquest")
+    tasks = {split: world.tasks(split)[:5] for split in ("iid", "ood")}
+    start, parts = world.start_all, []
     world.start_all = lambda part: parts.append(part) or start(part)
     # its simulators die in the first turn
     world.act = dict.fromkeys
     cfg = Config(turns=4, max_tokens=4)
     row = train.evaluate(world, policy, tasks, cfg, 5, at_once=2)
-    assert list(map(len, parts)) == [2, 2, 1, 2, 2, 1]
+    assert [len(part) for part in parts] == [2, 2, 1, 2, 2, 1]
     assert sum(parts, []) == tasks["iid"] + tasks["ood"]
-    assert (row["iid_success"], row["iid_lost"], row["iid_by_task"]) == (None, 5, {})
-    assert "evaluation: IID lost, OOD lost" in report.line({**row, "step": 5, "seconds": 1.0})
+    assert (row["iid_success"], row["iid_lost"]) == (None, 5)
+    assert row["iid_by_task"] == {}
+    line = report.line(row | {"step": 5, "seconds": 1.0})
+    assert "evaluation: IID lost, OOD lost" in line
     assert "after IID lost" in report.last_line([row])
 
 
 def test_tasks_are_drawn_by_type_in_turn_and_from_the_seed():
-    tasks = [Task("a", v) for v in range(100)] + [Task("b", v) for v in range(5)]
-    drawn = train.draw_tasks(tasks, 8, "0 3")
-    assert drawn == train.draw_tasks(tasks, 8, "0 3") != train.draw_tasks(tasks, 8, "0 4")
-    assert [task.name for task in drawn].count("b") == 4 and len(set(drawn)) == 8
+    many = [Task("a", variation) for variation in range(100)]
+    few = [Task("b", variation) for variation in range(5)]
+    draw = lambda n, seed: train.draw_tasks(many + few, n, seed)
+    drawn = draw(8, "0 3")
+    assert drawn == draw(8, "0 3") != draw(8, "0 4")
+    assert len(set(drawn)) == 8
+    assert [task.name for task in drawn].count("b") == 4
     # far more than there are
-    assert len(train.draw_tasks(tasks, 10**6, 0)) == 10**6
+    assert len(draw(10**6, 0)) == 10**6
 
 
 # ---- settings
@@ -397,7 +453,8 @@ def test_tasks_are_drawn_by_type_in_turn_and_from_the_seed():
 
 def test_every_option_is_used():
     """A coefficient that is defined and never read is a bug."""
-    files = {*ROOT.glob("*.py"), *ROOT.glob("worlds/*.py")} - {ROOT / "config.py"}
+    files = {*ROOT.glob("*.py"), *ROOT.glob("worlds/*.py")}
+    files -= {ROOT / "config.py"}
     code = "".join(path.read_text(encoding="utf-8") for path in files)
     used = set(re.findall(r"\bcfg\.(\w+)", code))
     # the task types are read as a tuple
