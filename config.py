@@ -52,7 +52,7 @@ class Config:
     max_tokens: int | None = option(None, "of a response; else the model's, 24 (tiny), 512, or 32")
     algo: Literal["grpo", "ppo"] = option("grpo", "the baseline: the group's mean, or a critic")
     steps: int = option(40, "RL steps K; 0: evaluate the model, and train nothing")
-    tasks_per_step: int = option(8, "different tasks collected per step")
+    tasks_per_step: int = option(8, "tasks of a step, different while there are enough")
     group_size: int = option(8, "episodes of each task (the GRPO group)")
     temperature: float = option(1.0, "sampling temperature of training")
     minibatches: int = option(2, "updates per step; each takes an equal share of the episodes")

@@ -57,10 +57,10 @@ class World(AbstractContextManager):
     tasks(split)               the tasks of "train", "iid" or "ood"
     start(slot, task)          begin an episode -> Observation, None: lost with its simulator
     act(actions)               {slot: action} -> {slot: Observation, None if it was lost}
-    gold(task)                 a solution as a list of actions, for warm starts and tests
-    compact_prompt(past, now)  for tiny policies; past: (Observation, action) of earlier turns
-    demonstrations(rng, rare)  a classmethod -> lists of (prompt, action) to clone a tiny
-                               policy from; rare: a share, of a confident start
+    compact_prompt(past, now)  the short one; past: (Observation, action) of earlier turns
+    gold(task)                 for warm starts alone: a solution as a list of actions
+    demonstrations(rng, rare)  for them, too: a classmethod -> lists of (prompt, action) to clone
+                               a tiny policy from; rare: a share, of a confident start
     """
 
     turns = 30

@@ -160,7 +160,7 @@ def add_gradient(policy, turns, batch, history_mean, beta_k, cfg):
 
 
 def batch_loss(logp, entropy, batch, reference_logp, history_mean, beta_k, cfg):
-    """Eq. 6 of a batch, with the paper's ablations where they are on. -> loss, its terms"""
+    """Eq. 6 and the ablations, summed over some tokens, perhaps from mid-turn -> loss, its terms"""
     weights, advantages, entropy_weights = batch.weights, batch.advantages, None
     if cfg.shaping:
         advantages = shaped_advantages(advantages, entropy, cfg.shaping)

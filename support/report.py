@@ -40,7 +40,7 @@ def print_header(cfg, policy, train_tasks):
     print(f"settings: {', '.join(decided)}")
     size = policy.model.num_parameters() / 1e6
     print(f"{cfg.env}, {len(train_tasks)} train tasks; writing to {cfg.out}")
-    print(f"{cfg.model} ({size:.1f} M parameters) on {policy.model.device.type}", flush=True)
+    print(f"{cfg.model} ({size:.2g} M parameters) on {policy.model.device.type}", flush=True)
 
 
 def print_step(cfg, row):

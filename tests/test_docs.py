@@ -55,9 +55,6 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 
 
-# ---- links, files, flags, names
-
-
 @each_page
 def test_links_and_pictures_lead_to_files_and_headings(page):
     text = without_code(read(page))
@@ -142,9 +139,6 @@ def test_quoted_code_is_that_of_the_loss():
         assert line.strip() in ("", "...", "…") or line in read(ROOT / "epo.py"), line
 
 
-# ---- numbers
-
-
 def test_every_logged_metric_is_explained_and_no_other(tmp_path):
     given = dict(env="keyquest", algo="ppo", steps=1, turns=2, eval_episodes=2, device="cpu")
     given |= dict(tasks_per_step=2, group_size=2, out=str(tmp_path / "run"))
@@ -167,7 +161,7 @@ def test_the_finding_counts_the_comparisons_of_the_studies():
     rows = re.findall(r"^\| [12] \|.*\| success \|.*", tables, re.M)
     won = sum("| holds |" in row for row in rows)
     lost = sum("| fails |" in row for row in rows)
-    text = f"In {len(rows)} comparisons over four studies EPO won more in training in {won}"
+    text = f"in {len(rows)} comparisons over four studies it won more in training in {won}"
     assert f"{text}, narrowly, less in {lost}," in on_one_line(README)
 
 
@@ -234,9 +228,6 @@ def test_what_fits_is_what_the_memory_tool_predicts():
     predicted = re.findall(row, call(memory)[1], re.M)
     cells = re.findall(r"^\| (\S+) \| (all|LoRA 32) \| ([\d.]+) \| (.+) \|$", read(GPU), re.M)
     assert len(cells) > 5 and set(cells) <= set(predicted)
-
-
-# ---- length
 
 
 def test_pages_are_short():

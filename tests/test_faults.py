@@ -200,9 +200,6 @@ def test_no_steps_are_an_evaluation_of_the_model_of_a_run(finished, tmp_path):
     assert "iid_by_task" in row and "entropy" not in row
 
 
-# ---- damaged files: what is done to a file of a run
-
-
 put = lambda data: lambda path: path.write_bytes(data)
 edit = lambda change: lambda path: path.write_bytes(change(path.read_bytes()))
 setting = lambda **new: edit(lambda text: json.dumps(json.loads(text) | new).encode())
@@ -351,9 +348,6 @@ def test_anything_in_a_flag_or_a_file_is_read_or_one_line(spare, finished, anyth
     shutil.copy(finished["grpo"] / name, spare)
 
 
-# ---- stops, kills, two processes on a folder, a full disk
-
-
 class Killed(BaseException):
     """As kill -9: nothing catches it."""
 
@@ -461,9 +455,6 @@ def test_a_policy_that_diverged_is_one_line_also_when_resumed(minibatches, tmp_p
     flags = f"--lr 1e12 --warmup 0 --reward score --minibatches {minibatches}".split()
     refuses(train, *SMALL, *flags, "--out", tmp_path, says=DIVERGED[minibatches])
     refuses(train, "--resume", "--out", tmp_path, says="a lower --lr")
-
-
-# ---- hostile folders and games
 
 
 @pytest.mark.parametrize("model_type", ["llama", "hostile"])

@@ -56,9 +56,6 @@ def played(lengths, invalid, wins=()):
     return group
 
 
-# ---- advantages
-
-
 def advantages_of_turns(episodes, cfg):
     """GRPO's advantages as rl_step makes them -> a list for each episode."""
     turns, owner = all_turns(episodes)
@@ -147,9 +144,6 @@ def test_an_invalid_turn_of_a_step_has_a_lower_advantage(algo, tmp_path, monkeyp
         assert (of_episode - of_episode[0]).abs().max() < 1e-6
 
 
-# ---- metrics
-
-
 def batch_of(**given):
     """A batch of tokens by the names of its tensors; one that is not given is zero."""
     zeros = torch.zeros(len(given["weights"]))
@@ -207,9 +201,6 @@ def test_the_distribution_of_token_entropies_is_weighted():
     row = token_metrics(single, cap=math.inf)
     assert row["first_above"] == 0
     assert row["rest_entropy"] is None and row["rest_above"] is None
-
-
-# ---- the gradient
 
 
 @pytest.fixture(scope="module")
@@ -331,9 +322,6 @@ def test_mini_batches_are_an_unbiased_split_of_the_batch(batch):
     assert other["loss"] == approx(log["loss"], abs=1e-5)
 
 
-# ---- the critic
-
-
 def test_critic_reads_the_last_prompt_token_and_learns_the_same_for_any_micro_batch(batch):
     policy, episodes, _ = batch
     turns, _ = all_turns(episodes)
@@ -373,9 +361,6 @@ def test_value_loss_and_explained_variance_by_hand():
     assert explained_variance(targets, targets) == 1
     assert explained_variance(constant, targets) == 0
     assert explained_variance(targets, constant) == 0
-
-
-# ---- runs
 
 
 @pytest.mark.parametrize("algo", ["grpo", "ppo"])
@@ -446,9 +431,6 @@ def test_tasks_are_drawn_by_type_in_turn_and_from_the_seed():
     assert [task.name for task in drawn].count("b") == 4
     # far more than there are
     assert len(draw(10**6, 0)) == 10**6
-
-
-# ---- settings
 
 
 def test_every_option_is_used():

@@ -213,7 +213,8 @@ def compared(at):
         row |= {"mean": values.mean(), "low": low, "high": high}
         row |= {"t low": t_low, "t high": t_high, "p": student.pvalue}
         verdict = "holds" if (low > 0) == (relation == ">") else "fails"
-        row["verdict"] = "undecided" if low <= 0 <= high else verdict
+        # nan is not above or below anything
+        row["verdict"] = verdict if low > 0 or high < 0 else "undecided"
         yield row
 
 

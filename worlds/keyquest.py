@@ -6,7 +6,7 @@ from envs import Observation, Task, World, demonstration
 
 
 class KeyQuest(World):
-    """A corridor of rooms: find the key, carry it to the chest, open it; in 5 to 25 turns.
+    """A corridor of rooms: find the key, carry it to the chest, open it: in 4 to 13 turns.
 
     A variation is the seed of a layout. short has 4 rooms, long has 6; in "ood" there are two more.
     coin is long with a coin beside the start: to take it ends the episode with half the points and
