@@ -37,9 +37,7 @@ def predict(config, rank=0, ppo=False, tokens=16384, cached=64 * 2048):
         model = AutoModelForCausalLM.from_config(config)
     n = model.num_parameters()
     head = model.get_output_embeddings().weight.numel()
-    layers = config.num_hidden_layers
-    width = config.hidden_size
-    ffn = config.intermediate_size
+    layers, width, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     keys = width * config.num_key_value_heads // config.num_attention_heads
     if rank:
         # only the adapter is float32 and learns

@@ -167,9 +167,6 @@ def measure(policy, world, cfg, when):
     return row
 
 
-# ---- What is cloned
-
-
 def make_tiny(args, start):
     """Write a random tiny model and its tokenizer to the folder `start`. -> as solved_turns"""
     # a folder that cannot be written is refused before the work
@@ -227,9 +224,6 @@ def solved_turns(policy, world, args):
     turns = [(encode(prompt), encode(f"<action>{action}</action>")) for prompt, action in pairs]
     rngs = [random.Random(f"{args.seed} {epoch}") for epoch in range(args.epochs)]
     return turns, [rng.sample(range(len(turns)), len(turns)) for rng in rngs]
-
-
-# ---- Cloning
 
 
 def begin_or_go_on(policy, world, args, path, made):
