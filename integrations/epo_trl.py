@@ -30,10 +30,10 @@ from support.run_folder import SetupError, one_line
 from train import draw_tasks
 
 option = lambda default, text: field(default=default, metadata={"help": text})
-# what must stay: a micro-batch is an episode, the history is read from the log, λ is constant and
-# for all tokens, what is sampled is what is scored; --turns and --turn_tokens set the last two
+# what must stay: a micro-batch is an episode, the history is read from the log, λ is for all
+# tokens, what is sampled is what is scored; --turns and --turn_tokens set the last two
 FIXED = dict(per_device_train_batch_size=1, loss_type="grpo", num_iterations=1, logging_steps=1)
-FIXED |= dict(use_adaptive_entropy=False, top_entropy_quantile=1, use_liger_kernel=False)
+FIXED |= dict(top_entropy_quantile=1, use_liger_kernel=False)
 FIXED |= dict(top_p=1, top_k=0, min_p=None, repetition_penalty=1, trust_remote_code=False)
 FIXED |= dict(shuffle_dataset=False, eval_strategy="no")
 FIXED |= dict(max_tool_calling_iterations=None, generation_kwargs=None)
@@ -84,7 +84,11 @@ class EPOConfig(GRPOConfig):
 class EPOTrainer(GRPOTrainer):
     """GRPOTrainer, whose loss L_MT - λ·L_H gets the other term of Eq. 6, λ·β_k·L_smooth.
 
-    It also logs smoothing_loss (L_smooth), beta_k (β_k) and history_mean (H̄_W, 0 without one).
+    With --use_adaptive_entropy both terms have TRL's λ. It is `epo.adaptive_coef` from
+    --entropy_coef on, a step for each update and within TRL's bounds; but as in Skywork-OR1's code
+    it is 0 in an update after one with an entropy above --entropy_target, and in the first.
+
+    It also logs smoothing_loss (L_smooth), applied_coef (λ), beta_k and history_mean (H̄_W, or 0).
     """
 
     def rl_step(self):
@@ -106,6 +110,9 @@ class EPOTrainer(GRPOTrainer):
         return result
 
     def _compute_loss(self, model, inputs):
+        above = self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target
+        # of this update: TRL moves its λ after the last micro-batch
+        coef = 0.0 if above else self.entropy_coef
         loss = super()._compute_loss(model, inputs)
         # tool_mask is 0 for what the world wrote
         written = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()  # (1, L)
@@ -118,10 +125,11 @@ class EPOTrainer(GRPOTrainer):
         l_smooth = self.args.penalty(entropy, history_mean, weights)
         metrics, all_ranks = self._metrics["train"], self.accelerator.gather(l_smooth.detach())
         metrics["smoothing_loss"].append(all_ranks.mean().item())
+        metrics["applied_coef"].append(coef)
         metrics["beta_k"].append(beta_k)
         metrics["history_mean"].append(history_mean or 0.0)
         # TRL has divided its loss by the number of accumulated micro-batches
-        term = self.entropy_coef * beta_k * l_smooth
+        term = coef * beta_k * l_smooth
         return loss + term / self.current_gradient_accumulation_steps
 
 

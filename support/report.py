@@ -84,17 +84,6 @@ def two_digits(success):
     return "lost" if success is None else f"{success:.2f}"
 
 
-def transcript(episode):
-    """One episode as readable text."""
-    name, variation = episode.task
-    outcome = "success" if episode.success else "failure"
-    text = f"task {name} {variation}: {outcome}, score {episode.score}\n{episode.goal}\n"
-    for turn in episode.turns:
-        mark = "   [invalid]" if turn.invalid else ""
-        text += f"\n--- turn {turn.index + 1}\n{turn.observation}\n> {turn.text}{mark}\n"
-    return text
-
-
 def save_token_transcripts(folder, step, episodes, corridor, tokenizer):
     """A won and a lost episode of a step, if there are both. corridor: its ends, in nats."""
     shown = []

@@ -5,11 +5,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-ROOT = Path(__file__).parent.parent
-LESSON = ROOT / "docs" / "lesson.ipynb"
+import rollout
+import train
+
+LESSON = Path(__file__).parent.parent / "docs" / "lesson.ipynb"
 CELLS = json.loads(LESSON.read_text(encoding="utf-8"))["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
+SOURCES = ["".join(cell["source"]) for cell in CODE]
+# the cell that has the whole algorithm
+(ALGORITHM,) = [source for source in SOURCES if "loss.backward()\n    optimizer" in source]
 SOLUTION = """import runpy
 answer_{0} = runpy.run_path("docs/lesson_solutions.py")["answer_{0}"]"""
 # wrong answers, and what their checks then name
@@ -18,34 +25,24 @@ WRONG = {
     2: ('answer_2 = {"loss", "entropy"}', "what changes where the gradient does not?"),
     3: ("answer_3 = 0.5", "draw_corridor with the smallest β_k"),
     4: ("answer_4 = lambda batch: 0.1", "the floor is half of it"),
-    5: ("answer_5 = 2", "the right panel, steps 30 to 39"),
+    5: ('answer_5 = {"plain"}', "the right panel"),
 }
-
-
-def outputs(cells):
-    return [output for cell in cells for output in cell.get("outputs", ())]
-
-
-def printed(cells):
-    return "".join("".join(output.get("text", "")) for output in outputs(cells))
-
-
-def pictures(cells):
-    return sum("image/png" in output.get("data", {}) for output in outputs(cells))
+# one update a step and a constant rate
+FLAGS = {"env": "keyquest", "tasks": "short", "steps": 10, "max_tokens": 4, "minibatches": 1}
+FLAGS |= {"entropy_coef": 0.01, "alpha": 3.0, "invalid_penalty": 0.0, "warmup": 0.0, "min_lr": 1.0}
+outputs = lambda cells: [output for cell in cells for output in cell.get("outputs", ())]
+pictures = lambda cells: sum("image/png" in out.get("data", {}) for out in outputs(cells))
+printed = lambda cells: "".join("".join(out.get("text", "")) for out in outputs(cells))
 
 
 @pytest.fixture(scope="module")
 def lesson():
-    """The lesson as it ran, in runs of two steps -> its cells, and those of the wrong answers.
-
-    The exercises have their solutions, but for the last one, whose answer takes whole runs.
-    """
+    """Its cells as they ran, and those of the wrong answers; the last exercise takes whole runs."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     notebook = nbformat.read(LESSON, 4)
-    is_check = lambda cell: cell.source.rpartition("\n")[2].startswith("check(")
     answers = [cell for cell in notebook.cells if "answer" in cell.metadata.get("tags", ())]
-    checks = [cell.source for cell in notebook.cells if is_check(cell)]
+    checks = [cell.source for cell in notebook.cells if "\ncheck(" in cell.source]
     for number in (1, 2, 3, 4):
         answers[number - 1].source = SOLUTION.format(number)
     new = nbformat.v4.new_code_cell
@@ -59,15 +56,11 @@ def lesson():
     return cells, notebook.cells[len(cells) :]
 
 
-def test_it_runs_draws_and_leaves_no_files(lesson):
-    cells, (*_, folder) = lesson
+def test_it_runs_draws_and_its_checks_know_right_from_wrong(lesson):
+    cells, (*wrong, folder) = lesson
     assert "4 runs in" in printed(cells)
     assert pictures(cells) >= 7
     assert not Path(printed([folder]).strip()).exists()
-
-
-def test_its_checks_know_right_from_wrong(lesson):
-    cells, (*wrong, _) = lesson
     for number in (1, 2, 3, 4):
         assert f"Exercise {number}: right." in printed(cells)
     assert "Exercise 5: not answered yet." in printed(cells)
@@ -88,14 +81,39 @@ def test_its_outputs_are_committed_and_unanswered():
 
 
 def test_its_cells_are_short_and_write_nothing_of_the_loss_again():
-    sources = ["".join(cell["source"]) for cell in CODE]
-    for source in sources:
-        assert len(source.splitlines()) <= 30
-        assert max(map(len, source.splitlines())) <= 100
-    code = "\n".join(sources)
-    assert not re.search(r"softmax|relu|clamp|np\.maximum|exp\(", code)
+    for source in SOURCES:
+        assert len(source.splitlines()) <= (48 if source == ALGORITHM else 30)
+    code = "\n".join(SOURCES)
+    assert not re.search(r"softmax|relu|clamp|np\.maximum|exp\(|from support\.(?!run_folder)", code)
     for name in ("token_weights", "smoothing_loss", "epo_loss", "batch_loss", "plot.tokens"):
         assert f"{name}(" in code
+
+
+def test_the_algorithm_in_one_cell_has_the_gradients_of_train(monkeypatch, tmp_path):
+    """The cell alone, as it stands; then steps of train.py, with the episodes that it played."""
+    played, gradients, of_cell = [], [], {}
+
+    def keep(*args, collect=rollout.collect, **limits):
+        played.append(collect(*args, **limits))
+        return played[-1]
+
+    def look(optimizer, *_):
+        parameters = optimizer.param_groups[0]["params"]
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+
+    monkeypatch.setattr(rollout, "collect", keep)
+    (tmp_path / "transcripts").mkdir()
+    with register_optimizer_step_pre_hook(look):
+        exec(ALGORITHM, of_cell)
+        cfg = train.decide(FLAGS | {"out": str(tmp_path)})
+        learner = train.make_learner(cfg, train.load_policy("tiny", "keyquest"))
+        schedules = train.make_schedules(cfg, learner, 0)
+        for k in range(3):
+            monkeypatch.setattr(train, "collect", lambda *_: played[k])
+            train.rl_step(of_cell["world"], learner, of_cell["tasks"], schedules, cfg, k)
+            off = (gradients[-1] - gradients[k]).norm() / gradients[k].norm()
+            assert off < 1e-5
+    assert len(gradients) == 10 + 3
 
 
 def test_links_of_its_text_lead_somewhere():
