@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -198,7 +199,9 @@ def test_what_is_declared_is_what_the_protocol_says():
         assert arms[name] == len(study.load(FOLDER / name).arms)
     # and its flags still come to the settings of the runs
     for name in ("alfworld", "coin", "scienceworld", "short"):
-        study.settle(AT[name])
+        # a newer Python has no ALFWorld
+        if name != "alfworld" or find_spec("textworld"):
+            study.settle(AT[name])
 
 
 # seed 2 has one of the runs alone; entropies 1, 3, 2: jumps 2 and -1, deviation 1.5
