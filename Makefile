@@ -26,7 +26,7 @@ lint: $(VENV)/bin/ruff
 figures: $(VENV)/installed
 	$(VENV)/bin/python -m figures.gradient
 	$(VENV)/bin/python plot.py --out figures/confident --draw overview \
-		"plain GRPO: stuck=$(STUDY)confident.csv/grpo-plain" \
+		"plain GRPO: mostly stuck=$(STUDY)confident.csv/grpo-plain" \
 		"bonus, λ 0.01: escapes, drifts=$(STUDY)confident.csv/grpo-base-0.01" \
 		"EPO, λ 0.01, α 3: stays=$(STUDY)confident.csv/grpo-epo3-0.01"
 	$(VENV)/bin/python plot.py --out figures/keyquest "GRPO=$(STUDY)short.csv/grpo-plain" \

@@ -57,6 +57,7 @@ class Config:
     temperature: float = option(1.0, "sampling temperature of training")
     minibatches: int = option(2, "updates per step; each takes an equal share of the episodes")
     tokens_per_batch: int = option(TOKENS, "tokens of a forward pass; it cannot change a gradient")
+    recompute: Literal["auto", "on", "off"] = option("auto", "layers, for less memory on a GPU")
     lr: float | None = option(None, "peak rate; else the model's own, 5e-6 (paper), 1e-4 (LoRA)")
     warmup: float = option(0.05, "share of the steps in which the rate rises to lr (paper: 0.1)")
     min_lr: float = option(0.2, "where the cosine schedule ends, as a share of lr")
@@ -178,7 +179,7 @@ def saved_settings(given):
         checked({**saved, "device": "auto"})
     except SetupError as error:
         raise damaged(where, error) from error
-    for name in given.keys() - {"out", "resume", "device", "tokens_per_batch"}:
+    for name in given.keys() - {"out", "resume", "device", "tokens_per_batch", "recompute"}:
         if given[name] != saved.get(name):
             values = f"{flag(name)} is {given[name]}, but the run has {saved.get(name)}"
             raise SetupError(f"--resume: {values}; leave it out")
@@ -187,16 +188,16 @@ def saved_settings(given):
 
 
 # nothing works with more, and float32 and torch's integers hold it
-LARGEST = 10**12
+LARGEST = 1_000_000_000_000
 # the least and the largest value of a number; else up to LARGEST, from 0.0 or from 1
 BOUNDS = {
     # colder, float32 cannot hold the KL, or the logits
     "temperature": (0.05, 100),
     "eval_temperature": (0.01, 100),
     # no layer is wider, and torch's seeds stay in range
-    "lora_rank": (0, 10**5),
-    "seed": (0, LARGEST - 1),
-    "eval_episodes": (1, 10**6),
+    "lora_rank": (0, 100_000),
+    "seed": (0, LARGEST),
+    "eval_episodes": (1, 1_000_000),
     **dict.fromkeys(["tasks_per_step", "group_size"], (1, 1000)),
     "steps": (0, LARGEST),
     **dict.fromkeys("discount gae_lambda entropy_decay warmup min_lr".split(), (0, 1)),
@@ -257,7 +258,7 @@ def refuse_idle(given, cfg, compact):
     """
     idle, values = {}, dict(vars(cfg))
     if compact:
-        idle["think"] = "a tiny policy"
+        idle["think"] = idle["recompute"] = "a tiny policy"
     if cfg.entropy_target is not None:
         # λ is not what entropy_coef says
         idle["entropy_coef"], values["entropy_coef"] = "--entropy-target", None

@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-from policy import add_lora, trained
-from support.forward import last_hidden, micro_batches, states_at
+from policy import add_lora, states_at, trained
+from support.forward import last_hidden, micro_batches
 
 
 class Critic:

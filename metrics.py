@@ -4,9 +4,6 @@ import math
 
 import numpy as np
 
-# bins of the token entropies of a step, in nats, finer near 0; the last one has no upper end
-ENTROPY_EDGES = [12 * (i / 32) ** 2 for i in range(33)]
-
 
 def mean(values):
     """The mean, or None of nothing."""
@@ -60,11 +57,9 @@ def evaluation_metrics(split, episodes, lost):
 
 
 def token_metrics(batch, cap):
-    """The distribution of entropy, weighted as in Eq. 2; first tokens of responses and the rest."""
+    """Entropy of the first tokens of responses, and of the rest, weighted as in Eq. 2."""
     entropy, weights = batch.entropy.numpy(), batch.weights.numpy()
-    below = entropy.clip(max=ENTROPY_EDGES[-1])
-    histogram = np.histogram(below, ENTROPY_EDGES, weights=weights)[0]
-    row = {"entropy_histogram": histogram.round(6).tolist()}
+    row = {}
     # the token before a first one is of another turn
     first = np.diff(batch.turn, prepend=-1) != 0
     for name, chosen in {"first": first, "rest": ~first}.items():
@@ -87,3 +82,15 @@ def corridor_metrics(floor, cap, history_mean, beta_k, losses, cfg):
         "outside": losses["below"] + losses["above"],
         "net_above_cap": 1 - cfg.alpha * beta_k if hinge else 1.0,
     }
+
+
+def transcripts(episodes, tokenizer):
+    """A won and a lost episode of a step, if there are both, token by token -> for JSON"""
+    shown, kept = [], ("entropy", "observation", "action", "invalid")
+    for episode in {episode.success: episode for episode in episodes}.values():
+        turns = [{name: vars(turn)[name] for name in kept} for turn in episode.turns]
+        for shorter, turn in zip(turns, episode.turns):
+            shorter["tokens"] = [tokenizer.decode([token]) for token in turn.response]
+        name, variation = episode.task
+        shown.append({**vars(episode), "task": name, "variation": variation, "turns": turns})
+    return shown

@@ -1,12 +1,9 @@
 """Draw runs from their logs, without torch or a GPU.
 
-    python plot.py runs/scienceworld --out figures/mine    # a run, or a folder of runs: seeds
-    python plot.py plain=runs/a strong=runs/b              # LABEL=PATH: one group for each label
-    python plot.py results/study/short.csv/grpo-epo3-0.1   # an arm of a study; FILE.csv: all arms
-    python plot.py runs/a --draw kl,grad_norm              # numbers of the log
-
-overview  what becomes of entropy and its corridor, and of success? (of up to four groups)
-tokens    where is the entropy: in how many tokens, in the first one or in the rest?
+python plot.py runs/scienceworld --out figures/mine    # a run, or a folder of runs: seeds
+python plot.py plain=runs/a strong=runs/b              # LABEL=PATH: one group for each label
+python plot.py results/study/short.csv/grpo-epo3-0.1   # an arm of a study; FILE.csv: all arms
+python plot.py runs/a --draw kl,grad_norm              # numbers of the log
 """
 
 import csv
@@ -21,7 +18,6 @@ import numpy as np
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-from metrics import ENTROPY_EDGES
 from support.report import read_arguments
 from support.run_folder import SetupError, damaged, one_line, read_config, read_log, write_whole
 
@@ -33,7 +29,7 @@ COLOURS = "#0072B2 #E69F00 #000000 #D55E00 #009E73 #56B4E9 #CC79A7".split()
 BLUE, ORANGE, BLACK, RED, GREEN, SKY, _ = COLOURS
 DASHES = "- -- -. :".split()
 # what is drawn of up to four groups, and of more
-OF_FEW, OF_MANY = "overview,tokens", "entropy,success,iid_success,ood_success"
+OF_FEW, OF_MANY = "overview", "entropy,success,iid_success,ood_success"
 # few inches on many pixels make letters that can be read on a phone
 SIZE = {"figsize": (8, 6), "dpi": 150, "layout": "constrained"}
 LOOK = {"font.size": 12, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3}
@@ -92,17 +88,12 @@ def method(config):
 
 
 def as_arrays(rows):
-    """-> {number: (steps,), histogram: (steps, bins)}, as arrays; nan where there is nothing."""
+    """-> {number: (steps,)}, as arrays; nan where there is nothing."""
     steps = [row.get("step") for row in rows]
     if steps != [*range(len(steps) or 1)]:
         raise ValueError("log.jsonl has no whole row yet, or a step is not in it")
-    shares = [row.get("entropy_histogram") or [None] * 32 for row in rows]
-    # a comma: --draw does not take it for a number
-    log = {"shares, by entropy": np.array(shares, float).reshape(-1, 32)}
-    for name in set().union(*rows):
-        if not name.endswith(("histogram", "by_turn", "by_task")):
-            log[name] = np.array([row.get(name) for row in rows], float)
-    return log
+    names = [n for n in set().union(*rows) if not n.endswith(("histogram", "by_turn", "by_task"))]
+    return {name: np.array([row.get(name) for row in rows], float) for name in names}
 
 
 def grouped(arguments):
@@ -147,13 +138,13 @@ def plain(text):
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
-def side_by_side(groups, title, unit):
-    """A panel of the entropy of each group, and one of `unit` below -> (upper, lower, runs)."""
+def overview(groups):
+    """A panel of the entropy of each group, and one of its success below."""
     grid = Figure(**SIZE).subplots(
         2, len(groups), height_ratios=(3, 2), sharex=True, sharey="row", squeeze=False
     )
     grid[0, 0].set_ylabel("entropy (nats)")
-    grid[1, 0].set_ylabel(unit)
+    grid[1, 0].set_ylabel("success rate")
     for upper, lower, (text, runs) in zip(*grid, groups.items()):
         upper.set_title(fill(plain(f"{text} (n={len(runs)})"), 20))
         lower.set_xlabel("RL step")
@@ -161,8 +152,17 @@ def side_by_side(groups, title, unit):
         if method(runs[0][0]).endswith("+EPO"):
             for name in ("corridor_low", "corridor_high"):
                 draw(upper, runs, name, RED, ":", "its corridor's floor and cap")
-        yield upper, lower, runs
-    finish(upper.figure, groups, title)
+        draw(lower, runs, "success", BLUE, "-", "success in training")
+        draw(lower, runs, "iid_success", GREEN, "s", "evaluation on IID tasks")
+        draw(lower, runs, "ood_success", RED, "D", "evaluation on OOD tasks")
+        iid, ood = (mean(stack(runs, f"{split}_success")) for split in ("iid", "ood"))
+        text = f"IID {iid[-1]:.2f}, OOD {ood[-1]:.2f}"
+        # a run that goes on may have none in its last step
+        lower.set_title("" if "nan" in text else text)
+    upper.set_ylim(0)
+    lower.set_ylim(-0.05, 1.05)
+    finish(upper.figure, groups, "entropy and success")
+    return upper.figure
 
 
 def finish(fig, groups, title):
@@ -176,35 +176,6 @@ def finish(fig, groups, title):
         loc="outside lower center",
         ncols=2,
     )
-
-
-def overview(groups):
-    for upper, lower, runs in side_by_side(groups, "entropy and success", "success rate"):
-        draw(lower, runs, "success", BLUE, "-", "success in training")
-        draw(lower, runs, "iid_success", GREEN, "s", "evaluation on IID tasks")
-        draw(lower, runs, "ood_success", RED, "D", "evaluation on OOD tasks")
-        iid, ood = (mean(stack(runs, f"{split}_success")) for split in ("iid", "ood"))
-        text = f"IID {iid[-1]:.2f}, OOD {ood[-1]:.2f}"
-        # a run that goes on may have none in its last step
-        lower.set_title("" if "nan" in text else text)
-    upper.set_ylim(0)
-    lower.set_ylim(-0.05, 1.05)
-    return upper.figure
-
-
-def tokens(groups):
-    for upper, lower, runs in side_by_side(groups, "entropies of the tokens", "mean (nats)"):
-        shares = mean(stack(runs, "shares, by entropy"))  # (steps, bins)
-        steps = np.arange(len(shares) + 1) - 0.5
-        image = upper.pcolormesh(
-            steps, ENTROPY_EDGES, shares.T, norm="log", vmin=1e-3, vmax=1, zorder=0
-        )
-        upper.set_yscale("function", functions=(np.sqrt, np.square))
-        upper.set_ylim(0, 4)
-        draw(lower, runs, "first_entropy", BLUE, "-", "first token of a response")
-        draw(lower, runs, "rest_entropy", ORANGE, "--", "the rest")
-    upper.figure.colorbar(image, ax=upper.figure.axes, label="share of tokens")
-    return upper.figure
 
 
 def column(groups, name):
@@ -223,16 +194,15 @@ def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]PATH")
     parser.add_argument("--out", default="figures", help="where the files go")
-    parser.add_argument("--draw", help="figures, or numbers of the log, separated by commas")
+    parser.add_argument("--draw", help="overview, or numbers of the log, separated by commas")
     args = read_arguments(parser, "plot.py")
-    figures = {"overview": overview, "tokens": tokens}
     rcParams.update(LOOK)
     try:
         groups = grouped(args.runs)
         os.makedirs(args.out, exist_ok=True)
         default = OF_FEW if len(groups) < 5 else OF_MANY
         for name in (args.draw or default).split(","):
-            fig = figures[name](groups) if name in figures else column(groups, name)
+            fig = overview(groups) if name == "overview" else column(groups, name)
             path = f"{args.out}/{name}.png"
             write_whole(path, fig.savefig, mark=b"Matplotlib")
             print(path)

@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, loggin
 
 from envs import spoken
 from epo import token_logp_and_entropy
-from support.architecture import is_told_positions, logits_of, switch_off_dropout
-from support.forward import choose_device, last_hidden, precision, states_at
+from support.forward import last_hidden, logits_of, precision, prepare
 from support.run_folder import ROOT, SetupError, form, one_line
 
 ACTION_END = "</action>"
@@ -69,7 +68,8 @@ class Policy:
             return ~ended
         # nothing is sampled, paid for or trained on after the action; a thought may quote one
         for i, ids in enumerate(responses):
-            if ACTION_END in self.tokenizer.decode(ids[-len(ACTION_END) :]):
+            last = self.tokenizer.convert_ids_to_tokens(ids[-1]) or ""
+            if ">" in last and ACTION_END in self.tokenizer.decode(ids[-len(ACTION_END) :]):
                 ended[i] |= ACTION_END in spoken(self.opening + self.tokenizer.decode(ids))
         return ~ended
 
@@ -90,6 +90,13 @@ def response_states(model, turns):
     row = [n for n, turn in zip(number, turns) for _ in turn.response]
     column = [len(turn.prompt) - 1 + i for turn in turns for i in range(len(turn.response))]
     return states_at(hidden, row, column)
+
+
+def states_at(hidden, row, column):
+    """hidden[row, column], (n, L, d) -> (T, d), with a gradient that adds up in one order."""
+    # that of an index of two dimensions adds in any order, where torch has several threads
+    place = torch.tensor(row) * hidden.shape[1] + torch.tensor(column)
+    return torch.nn.functional.embedding(place.to(hidden.device), hidden.flatten(0, 1))
 
 
 def score_tokens(model, hidden, tokens, temperature=1.0):
@@ -150,9 +157,7 @@ def load_policy(name, env, device="cpu", dtype="float32", lora_rank=0, think="on
         policy.read_template(name)
         if model.supports_gradient_checkpointing:
             model.activation_checkpointing_enable()
-    switch_off_dropout(model)
-    model.shortcuts = model.base_model.shortcuts = is_told_positions(model)
-    model.mixed = model.base_model.mixed = dtype == "bfloat16"
+    prepare(model, dtype)
     if lora_rank:
         try:
             add_lora(model, "policy", lora_rank)
@@ -160,6 +165,18 @@ def load_policy(name, env, device="cpu", dtype="float32", lora_rank=0, think="on
             raise unusable(name, f"it takes no adapter ({one_line(error)})") from error
     model.to(device).eval()
     return policy
+
+
+def choose_device(device, dtype):
+    """ "auto" made definite: a CUDA GPU if there is one, with bfloat16 -> device, dtype"""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    has_it = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not has_it:
+        raise SetupError(f"{torch.cuda.get_device_name()} has no bfloat16: --dtype float32")
+    return device, dtype
 
 
 def unusable(name, why):

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from tqdm import tqdm
 
 from epo import token_logp_and_entropy
 from policy import merged_model, response_states, score_tokens, unusable
-from support.architecture import check_room
-from support.forward import next_logits, precision, read_prompts
+from support.forward import check_room, next_logits, precision, read_prompts
+from support.replay import Replay, replayable
 from support.run_folder import one_line
 
 
@@ -55,18 +56,22 @@ def generate(policy, prompts, temperature, max_tokens, generator=None):
     responses = [([], [], []) for _ in prompts]
     # the numbers of the unfinished responses, and the row of the batch that each of them reads
     active = list(range(len(prompts)))
-    distinct, row = share_prompts(prompts)
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    row_of = {prompt: row for row, prompt in enumerate(distinct)}
+    row = torch.tensor([row_of[tuple(prompt)] for prompt in prompts])
     # around the whole loop, so that bfloat16 copies of weights are not made for every token anew
     with precision(model):
         logits, *read = read_prompts(model, distinct, policy.tokens_per_batch)
+        replay = None
+        if replayable(model, read[0]):
+            replay = Replay(model, read, row, max_tokens)
         for length in range(1, max_tokens + 1):
             logits = logits[row].float()
             p = (logits / temperature).softmax(-1)
             token = p.multinomial(1, generator=generator)[:, 0]  # (n,)
             logp, entropy = token_logp_and_entropy(logits, token, temperature)
             token = token.cpu()
-            sampled_now = zip(active, token.tolist(), logp.tolist(), entropy.tolist())
-            for number, *sampled in sampled_now:
+            for number, *sampled in zip(active, token.tolist(), logp.tolist(), entropy.tolist()):
                 for values, value in zip(responses[number], sampled):
                     values.append(value)
             so_far = [responses[number][0] for number in active]
@@ -74,6 +79,10 @@ def generate(policy, prompts, temperature, max_tokens, generator=None):
             if length == max_tokens or not unfinished.any():
                 break
             active = [number for number, goes_on in zip(active, unfinished.tolist()) if goes_on]
+            if replay:
+                # a row for each response, which stays in its place
+                row, logits = active, replay.read(active, token[unfinished])
+                continue
             old_row, token, row = share_rows(row[unfinished], token[unfinished])
             cache, mask, position = select_rows(read, old_row)
             # the token that was sampled is one more column, of ones
@@ -81,12 +90,6 @@ def generate(policy, prompts, temperature, max_tokens, generator=None):
             read = (cache, mask, position + 1)
             logits = next_logits(model, token.to(model.device), mask, position + 1, cache)
     return responses
-
-
-def share_prompts(prompts):
-    """-> the distinct prompts, and for each prompt the row that it has among them (n,)"""
-    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    return list(number), torch.tensor([number[tuple(prompt)] for prompt in prompts])
 
 
 def share_rows(row, token):
@@ -110,11 +113,11 @@ def select_rows(read, kept):
     return cache, mask, position
 
 
-def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator=None, bar=None):
+def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator=None):
     """Play one episode per task, all at once, to its end or the turn limit.
 
     -> episodes, how many were lost with their simulator and so have no outcome, the seconds of
-    each part. bar: a tqdm bar that counts finished episodes.
+    each part.
     """
     begin = time.perf_counter()
     now = dict(enumerate(world.reset(tasks)))
@@ -123,7 +126,8 @@ def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator
     episodes = [Episode(task, goal=goal) for task, goal in zip(tasks, goals)]
     past = [[] for _ in tasks]
     active = [slot for slot in now if now[slot]]
-    for t in range(turn_limit):
+    # a bar, where there is a terminal
+    for t in tqdm(range(turn_limit), "turns", leave=False, disable=None):
         if not active:
             break
         begin = time.perf_counter()
@@ -142,10 +146,7 @@ def collect(world, policy, tasks, turn_limit, temperature, max_tokens, generator
                 episodes[slot].turns.append(turn)
                 episodes[slot].score = now[slot].score
                 episodes[slot].success = now[slot].success
-        unfinished = [slot for slot in active if now[slot] and not now[slot].done]
-        if bar is not None:
-            bar.update(len(active) - len(unfinished))
-        active = unfinished
+        active = [slot for slot in active if now[slot] and not now[slot].done]
     complete = [episode for slot, episode in enumerate(episodes) if now[slot]]
     return complete, len(episodes) - len(complete), seconds
 

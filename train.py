@@ -24,7 +24,7 @@ from epo import adaptive_coef, beta, corridor, entropy_loss, group_advantages, m
 from policy import load_policy, load_weights, save_model, trained
 from rollout import collect, prove
 from support import report, run_folder
-from support.report import SPLITS, progress
+from support.report import SPLITS
 from support.run_folder import SetupError, damaged, one_line
 from update import load_optimizer, make_batch, make_learner, make_schedules, update
 
@@ -37,6 +37,7 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     how = (cfg.device, cfg.dtype, cfg.lora_rank, cfg.think, cfg.tokens_per_batch)
     policy = load_policy(cfg.model, cfg.env, *how)
+    policy.model.base_model.recompute = cfg.recompute
     prove(policy)
     with make_world(cfg, policy.compact) as world:
         train_tasks = world.tasks("train")
@@ -56,11 +57,11 @@ def train(cfg):
                 row["seconds"] = time.perf_counter() - begin
                 run_folder.append_row(cfg.out, row)
                 run_folder.save_tensors(f"{cfg.out}/checkpoint.pt", state_of(learner, step + 1))
-                report.print_step(cfg, row)
-            # what the model asks for in its config.json (policy.py)
+                print(report.line(row), flush=True)
+            # policy.ASKS
             asks = {"lora_lr" if cfg.lora_rank else "lr": cfg.lr, "think": cfg.think}
-            asks |= {"tasks": list(cfg.task_names) or None, "turns": cfg.turns}
-            asks["max_tokens"] = cfg.max_tokens
+            asks |= {"tasks": list(cfg.task_names) or None}
+            asks |= {"turns": cfg.turns, "max_tokens": cfg.max_tokens}
             save_model(policy, asks, os.path.join(cfg.out, "model"))
     print(report.last_line(run_folder.read_log(cfg.out)))
     print(f"draw it: python plot.py {cfg.out} --out figures/mine")
@@ -92,8 +93,7 @@ def rl_step(world, learner, train_tasks, schedules, cfg, step):
         cfg = replace(cfg, entropy_coef=adaptive_coef(learner.history, cfg.entropy_target))
     batch = make_batch(turns, owner, advantages, cfg)
     row = {"lost": lost, "lr": schedules[0].get_last_lr()[0], "entropy_coef": cfg.entropy_coef}
-    with progress(f"step {step} update", len(turns)) as bar:
-        losses = update(learner, turns, batch, history_mean, beta_k, cfg, bar)
+    losses = update(learner, turns, batch, history_mean, beta_k, cfg)
     if learner.critic is not None:
         optimizer = learner.critic_optimizer
         losses |= update_critic(learner.critic, optimizer, turns, values, targets, cfg)
@@ -105,13 +105,15 @@ def rl_step(world, learner, train_tasks, schedules, cfg, step):
     row["entropy"] = entropy_loss(batch.entropy, batch.weights).item()
     learner.history.append(row["entropy"])
     floor, cap = corridor(history_mean, cfg.kappa_l, cfg.kappa_r)
-    if step % cfg.eval_every == 0:
-        tokenizer = learner.policy.tokenizer
-        report.save_token_transcripts(cfg.out, step, episodes, (floor, cap), tokenizer)
     row |= metrics.episode_metrics(episodes, cfg.turns)
     row |= metrics.group_metrics(episodes, returns)
     row |= metrics.token_metrics(batch, cap) | losses
     row |= metrics.corridor_metrics(floor, cap, history_mean, beta_k, losses, cfg)
+    if step % cfg.eval_every == 0:
+        value = {"step": step, "corridor": [row["corridor_low"], row["corridor_high"]]}
+        value["episodes"] = metrics.transcripts(episodes, learner.policy.tokenizer)
+        path = os.path.join(cfg.out, f"transcripts/step-{step:04d}.json")
+        run_folder.write_json(path, value)
     return row | {f"seconds_{part}": value for part, value in seconds.items()}
 
 
@@ -147,8 +149,7 @@ def collect_step(world, policy, tasks, cfg, step):
     torch.manual_seed(seed_of(cfg, step, "train"))
     generator = torch.Generator(policy.model.device).manual_seed(seed_of(cfg, step, "train"))
     limits = (cfg.turns, cfg.temperature, cfg.max_tokens)
-    with progress(f"step {step} collect", len(tasks)) as bar:
-        episodes, lost, seconds = collect(world, policy, tasks, *limits, generator, bar)
+    episodes, lost, seconds = collect(world, policy, tasks, *limits, generator)
     if not episodes:
         raise SetupError(f"step {step}: all {lost} episodes were lost with their simulators")
     return episodes, lost, seconds
@@ -182,12 +183,11 @@ def evaluate(world, policy, tasks, cfg, step, at_once=64):
         generator = torch.Generator(policy.model.device).manual_seed(seed)
         limits = (cfg.turns, cfg.eval_temperature, cfg.max_tokens)
         episodes, lost = [], 0
-        with progress(f"step {step} evaluate {split}", len(tasks[split])) as bar:
-            for first in range(0, len(tasks[split]), at_once):
-                part = tasks[split][first : first + at_once]
-                played, gone, _ = collect(world, policy, part, *limits, generator, bar)
-                episodes += played
-                lost += gone
+        for first in range(0, len(tasks[split]), at_once):
+            part = tasks[split][first : first + at_once]
+            played, gone, _ = collect(world, policy, part, *limits, generator)
+            episodes += played
+            lost += gone
         row |= metrics.evaluation_metrics(split, episodes, lost)
     return {**row, "seconds_eval": time.perf_counter() - begin}
 
@@ -210,7 +210,10 @@ def begin_or_resume(cfg, learner, eval_tasks):
     """Make the run folder, or load its checkpoint. -> the first step to do"""
     path = os.path.join(cfg.out, "checkpoint.pt")
     if not cfg.resume:
-        run_folder.begin(cfg.out, asdict(cfg), eval_tasks)
+        # another run may have begun a moment ago
+        run_folder.refuse_existing(cfg.out)
+        run_folder.write_json(os.path.join(cfg.out, "config.json"), asdict(cfg))
+        run_folder.write_json(os.path.join(cfg.out, "tasks.json"), eval_tasks)
         return 0
     if not os.path.exists(path):
         # a kill between the first row and the first checkpoint leaves one row

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from tqdm import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate as cosine_schedule
 
 from critic import Critic
@@ -101,7 +102,7 @@ def make_batch(turns, owner, advantages, cfg):
     )
 
 
-def update(learner, turns, batch, history_mean, beta_k, cfg, bar):
+def update(learner, turns, batch, history_mean, beta_k, cfg):
     """One pass over the step's tokens in cfg.minibatches updates -> their mean losses.
 
     A mini-batch has its share of the batch's weights times the number of mini-batches: an unbiased
@@ -115,12 +116,12 @@ def update(learner, turns, batch, history_mean, beta_k, cfg, bar):
     losses, norms = {}, []
     for part in range(parts):
         chosen = batch.turn[torch.isin(batch.episode, order[part::parts])].unique()
-        for micro in micro_batches(turns, chosen.tolist(), cfg.tokens_per_batch):
+        micros = micro_batches(turns, chosen.tolist(), cfg.tokens_per_batch)
+        for micro in tqdm(micros, "micro-batches", leave=False, disable=None):
             of_micro = batch.select(torch.cat([rows_of[i] for i in micro]))
             played = [turns[i] for i in micro]
             terms = add_gradient(learner.policy, played, of_micro, history_mean, beta_k, cfg)
             losses = {name: losses.get(name, 0.0) + terms[name] / parts for name in terms}
-            bar.update(len(micro))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
         if not math.isfinite(norm + losses["loss"]):
             raise SetupError("the loss or its gradient is not finite: begin anew with a lower --lr")

@@ -1,28 +1,16 @@
 """Forward passes of a causal language model over rows of token ids, with no token read twice."""
 
 import os
+from inspect import signature
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from support.architecture import check_room, logits_of, name_of_cache
 from support.run_folder import SetupError
 
 # tokens of a micro-batch; below, a CPU has the memory to keep what the backward pass needs
 RECOMPUTE_ABOVE = 4096
-
-
-def choose_device(device, dtype):
-    """ "auto" made definite: a CUDA GPU if there is one, with bfloat16 -> device, dtype"""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    if (device, dtype) == ("cuda", "bfloat16"):
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise SetupError(f"{torch.cuda.get_device_name()} has no bfloat16: --dtype float32")
-    return device, dtype
 
 
 def precision(model):
@@ -91,9 +79,8 @@ def next_logits(model, ids, mask, position, cache):
     if ids.shape[1] == 1 and shortcuts(model, cache) and cache.layers[0].keys is not None:
         # as attention adds it, made once for all layers: log 1 adds nothing, log 0 is -inf
         mask = mask.to(cache.layers[0].keys.dtype).log()[:, None, None]
-    body = model.base_model
-    more = {"attention_mask": mask, "position_ids": position, name_of_cache(type(body)): cache}
-    hidden = body(ids, **more).last_hidden_state
+    read = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
+    hidden = model.base_model(ids, **read).last_hidden_state
     # of a slice with gaps in memory the product takes a CPU 5 times as long, in bfloat16 400 times
     return logits_of(model, hidden[:, -1].contiguous())
 
@@ -109,8 +96,7 @@ def last_hidden(body, rows):
     check_room(body, max(map(len, distinct)))
     ids, _ = pad(distinct, body.device)
     # nothing drops out; this only switches gradient checkpointing, which takes no cache
-    recompute = body.device.type != "cpu" or ids.numel() > RECOMPUTE_ABOVE
-    body.train(torch.is_grad_enabled() and recompute)
+    body.train(torch.is_grad_enabled() and recomputes(body, ids.numel()))
     cache, shared = shareable(body, distinct)
     with precision(body):
         if body.training or not shared:
@@ -122,11 +108,22 @@ def last_hidden(body, rows):
     return hidden, [number[tuple(row)] for row in rows]
 
 
-def states_at(hidden, row, column):
-    """hidden[row, column], (n, L, d) -> (T, d), with a gradient that adds up in one order."""
-    # that of an index of two dimensions adds in any order, where torch has several threads
-    place = torch.tensor(row) * hidden.shape[1] + torch.tensor(column)
-    return torch.nn.functional.embedding(place.to(hidden.device), hidden.flatten(0, 1))
+def kept(config, tokens):
+    """-> bytes that all layers keep of a micro-batch for their gradient, in bfloat16"""
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return 2 * tokens * config.num_hidden_layers * (8 * config.hidden_size + 4 * inner)
+
+
+def recomputes(body, tokens):
+    """Whether layers are computed again for their gradient: a third more work, little memory."""
+    if getattr(body, "recompute", "auto") != "auto":
+        return body.recompute == "on"
+    if body.device.type == "cpu":
+        return tokens > RECOMPUTE_ABOVE
+    card = torch.cuda.get_device_properties(body.device)
+    # the other half is for gradients and logits
+    room = (card.total_memory - torch.cuda.memory_allocated()) / 2
+    return kept(body.config.get_text_config(), tokens) > room
 
 
 def micro_batches(turns, indices, budget):
@@ -143,3 +140,47 @@ def micro_batches(turns, indices, budget):
         parts[-1] += equal[ids]
         rows += 1
     return parts
+
+
+# ---- what differs between architectures; `rollout.prove` cannot see all of it
+
+
+def check_room(model, tokens):
+    """Raises SetupError if the model's context has no room for a row of so many tokens."""
+    config = model.config.get_text_config()
+    room = getattr(config, "max_position_embeddings", None) or tokens
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # past this length a row gives all rows of its batch other numbers
+        room = min(room, rope["original_max_position_embeddings"])
+    if tokens > room:
+        need = f"{tokens} are needed: lower --max-tokens, or use another model"
+        raise SetupError(f"the model's context has room for {room} tokens, and {need}")
+
+
+def logits_of(model, hidden):
+    """Last hidden states (n, d) -> logits (n, V): by an output matrix, which some scale or cap."""
+    config = model.config.get_text_config()
+    value = lambda name: getattr(config, name, None) or 1
+    # Cohere's, Falcon-H1's and Granite's; the states are fewer numbers than the logits
+    scale = value("logit_scale") * value("lm_head_multiplier") / value("logits_scaling")
+    logits = model.get_output_embeddings()(hidden if scale == 1 else hidden * scale)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * (logits / cap).tanh() if cap else logits
+
+
+def prepare(model, dtype):
+    """What is decided for good when a model is loaded."""
+    config, body = model.config.get_text_config(), model.base_model
+    # ALiBi and GPT-Neo's window count columns, instead of reading position_ids
+    counts = getattr(config, "alibi", False) or getattr(config, "window_size", None)
+    told = "position_ids" in signature(body.forward).parameters and not counts
+    model.shortcuts = body.shortcuts = told
+    model.mixed = body.mixed = dtype == "bfloat16"
+    # no dropout: the log-probs of a rollout and of the update must agree
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "jitter" in name):
+                setattr(module, name, 0.0)

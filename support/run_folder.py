@@ -150,14 +150,6 @@ def refuse_existing(folder):
         raise SetupError(f"{folder} exists already; continue it with --resume, or name another")
 
 
-def begin(folder, config, tasks):
-    """Make the folder of a new run. config: dict; tasks: {split: tasks of the evaluations}."""
-    # another run may have begun a moment ago
-    refuse_existing(folder)
-    write_json(Path(folder, "config.json"), config)
-    write_json(Path(folder, "tasks.json"), tasks)
-
-
 def save_tensors(path, state):
     import torch
 

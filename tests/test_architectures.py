@@ -43,7 +43,6 @@ ROWS = [
      | dict(logits_scaling=8.0)),
     ("LFM2", "yes", WHOLE, "lfm2", both("conv", "full_attention")),
     ("Falcon-H1", "no", WHOLE, "falcon_h1", MAMBA | dict(mamba_d_ssm=96, lm_head_multiplier=0.3)),
-    ("Mamba 2", "no", WHOLE, "mamba2", dict(state_size=8, head_dim=16, num_heads=6, n_groups=1)),
 ]  # fmt: skip
 # kind, settings, LoRA rank, what the line says
 REFUSED = [
@@ -51,7 +50,8 @@ REFUSED = [
     ("rwkv", dict(attention_hidden_size=48), 0, "as sampled are off by"),
     ("recurrent_gemma", dict(lru_width=48, num_hidden_layers=3), 0, "are off by"),
     ("phimoe", GRANITE, 2, "AttributeError"),
-    ("mamba2", ROWS[-1][-1], 2, "no adapter"),
+    ("mamba2", dict(state_size=8, head_dim=16, num_heads=6, n_groups=1), 0, "as sampled"),
+    ("falcon_h1", ROWS[-1][-1], 2, "no adapter"),
 ]
 
 

@@ -174,9 +174,6 @@ def test_the_policy_loss_is_as_small_as_the_page_says():
 
 # what docs/gpu.md says; the names are those of the file
 OF_THE_CPU = """
-takes {step[0][step]:.1f} s for 8 episodes of up to 12 turns, and {step[3][step]:.0f} s
-the update takes {share[train]:.0f} %, the simulator {share[environment]:.0f} %, and
-generation {share[generate]:.0f} %.
 {environment[0][turns/s]:.0f} turns/s, {environment[0][MB]:.0f} MiB
 {environment[2][turns/s]:.1f} turns/s, {environment[2][MB for 32 (extrapolated)]:,.0f} MiB
 {environment[0][speed]:.0f} × the speed
@@ -188,10 +185,6 @@ with names in sight | {environment[1][turns/s]:.0f} turns/s
 {rollout[0][turns/s]:.0f} turns/s | {faster[0]:.1f} × the speed
 {rollout[1][turns/s]:.0f} turns/s | {faster[1]:.1f} × the speed
 {rollout[2][turns/s]:.1f} turns/s | {faster[2]:.1f} × the speed
-direct: {loss[0][seconds]:.0f} s, {loss[0][peak MB]:,.0f} MiB
-TRL's functions: {loss[1][seconds]:.0f} s, {loss[1][peak MB]:,.0f} MiB
-{loss[2][seconds]:.0f} s, {loss[2][peak MB]:,.0f} MiB
-{loss[2][time]:.2f} × the time
 """
 OF_THE_GPU = """
 {models[1][generated tokens/s]:,.0f} / {models[0][generated tokens/s]:,.0f} tokens/s
@@ -213,9 +206,7 @@ def test_speeds_and_peaks_are_those_of_the_benchmark(path, claims):
     if path == "bench.json":
         speeds = [row["turns/s"] for row in numbers["rollout"]]
         numbers["faster"] = [speeds[-1] / speed for speed in speeds]
-        step = numbers["step"][3]
         fast, usual = numbers["alfworld"][2:]
-        numbers["share"] = {part: 100 * value / step["step"] for part, value in step.items()}
         numbers["smaller"] = 100 * fast["MB"] / usual["MB"]
     numbers["ratios"] = sorted(row["ratio"] for row in numbers["memory"])
     numbers["GiB"] = [row["peak GB"] * 1e9 / 2**30 for row in numbers["models"]]

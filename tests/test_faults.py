@@ -404,7 +404,7 @@ def test_what_cannot_be_written_is_one_line_and_the_old_file_stays(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_one_line_and_the_run_goes_on(number, tmp_path, finished, monkeypatch):
-    monkeypatch.setattr(report, "print_step", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(report, "line", lambda *_: signal.raise_signal(number))
     refuses(train, *SMALL, "--out", tmp_path, says="stopped; --resume")
     monkeypatch.undo()
     assert call(train, "--resume", "--out", tmp_path)[0] == 0

@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     out, played = tmp_path_factory.mktemp("wiring") / "run", []
 
     def keep(world, policy, tasks, *more):
-        _, temperature, _, generator, _ = more
+        _, temperature, _, generator = more
         seeds = (generator.initial_seed(), torch.initial_seed())
         result = collect(world, policy, tasks, *more)
         # the evaluations play at another temperature

@@ -1,6 +1,6 @@
 """Speed and memory of each part, a line of JSON for each measurement.
 
-    python -m tools.bench environment rollout loss | tee bench.jsonl
+    python -m tools.bench environment rollout | tee bench.jsonl
     python -m tools.bench Qwen2.5-1.5B --lora-rank 32         # random weights of its shape
     MALLOC_MMAP_THRESHOLD_=65536 python -m tools.bench SmolLM2-135M     # an exact peak of a CPU's
 
@@ -15,17 +15,17 @@ from pathlib import Path
 from time import perf_counter as clock
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from config import checked, decide
-from epo import epo_loss, token_logp_and_entropy
-from policy import Policy, add_lora, load_policy
+from policy import Policy, add_lora, load_policy, response_states, score_tokens
 from rollout import Turn, collect, generate
+from support import replay
+from support.forward import prepare, recomputes
 from support.report import read_arguments
 from support.run_folder import SetupError
 from tools.memory import SHAPES, predict
-from update import LOGITS_AT_ONCE, make_batch, make_learner, update
+from update import make_batch, make_learner, update
 from worlds.scienceworld import ScienceWorld
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,56 +68,49 @@ def rollout(episodes=64):
     yield {"episodes": episodes, "turns": turns, "turns/s": speed}
 
 
-def loss(tokens=2048, width=896, vocabulary=151_936):
-    """The loss and its gradient as update.py computes them, and at once, at Qwen2.5-0.5B's width"""
-    for way, at_once in (("ours", LOGITS_AT_ONCE // vocabulary), ("direct", tokens)):
-        torch.manual_seed(0)
-        with torch.device(DEVICE):
-            weight = (0.02 * torch.randn(vocabulary, width)).requires_grad_()
-            hidden = torch.randn(tokens, width, requires_grad=True)
-            response = torch.randint(vocabulary, (tokens,))
-            advantages = torch.randn(tokens)
-            weights = torch.full((tokens,), 1 / tokens)
-        before, begin = peak_memory(forget=True), clock()
-        for rows in torch.arange(tokens).split(at_once):
-            logp, entropy = token_logp_and_entropy(hidden[rows] @ weight.T, response[rows])
-            flat = {"logp": logp, "old_logp": logp.detach(), "entropy": entropy}
-            flat |= {"advantages": advantages[rows], "weights": weights[rows]}
-            total, _ = epo_loss(**flat, history_mean=5.0, beta_k=1.5)
-            total.backward()
-        # this also waits for a GPU
-        gradient = hidden.grad.abs().sum().item()
-        row = {"way": way, "tokens": tokens, "gradient": gradient, "seconds": clock() - begin}
-        yield row | {"peak MB": peak_memory() - before}
-
-
 def model(name, rank, dtype="bfloat16"):
-    """A rollout and an update of random weights of a model's shape; more of them on a GPU."""
+    """A rollout and an update of random weights of a model's shape: the slower way, and ours."""
     rows, prompt, response = (64, 1024, 128) if DEVICE == "cuda" else (20, 200, 48)
     config, tokens = SHAPES[name], rows * (prompt + response)
     # micro-batches so large that a CPU, too, computes layers again
     settings = {"lr": 1e-5, "minibatches": 1, "tokens_per_batch": 16384}
     cfg = checked({"lora_rank": rank, "dtype": dtype, **settings})
-    before = peak_memory(forget=True)
-    learner = random_learner(config, cfg)
     prompts = torch.randint(config.vocab_size, (rows, prompt)).tolist()
-    # the second time all is warm
-    for _ in range(2):
-        begin = clock()
-        written = generate(learner.policy, prompts, 1.0, response)
-        middle = clock()
-        turns = [Turn(0, ids, *sample) for ids, sample in zip(prompts, written, strict=True)]
-        batch = make_batch(turns, torch.arange(rows), torch.randn(rows), cfg)
-        update(learner, turns, batch, 5.0, 1.5, cfg, tqdm(disable=True))
-        end = clock()
-    always, *phases = predict(config, rank, tokens=min(tokens, 16384), cached=tokens)
-    yield {
-        "LoRA rank": rank,
-        "peak MB": peak_memory() - before,
-        "predicted MB": (always + max(phases)) / 2**20,
-        "generated tokens/s": rows * response / (middle - begin),
-        "trained tokens/s": tokens / (end - middle),
-    }
+    for decoding, recompute in (("growing", "on"), ("replayed", "auto")):
+        replay.DEVICES[:] = ["cuda"] if decoding == "replayed" else []
+        before = peak_memory(forget=True)
+        learner = random_learner(config, cfg)
+        body = learner.policy.model.base_model
+        body.recompute = recompute
+        # the second time all is warm
+        for _ in range(2):
+            begin = clock()
+            written = generate(learner.policy, prompts, 1.0, response)
+            middle = clock()
+            turns = [Turn(0, ids, *sample) for ids, sample in zip(prompts, written, strict=True)]
+            batch = make_batch(turns, torch.arange(rows), torch.randn(rows), cfg)
+            # is what was sampled what is scored?
+            few, n = turns[:8], 8 * response
+            with torch.no_grad():
+                states = response_states(learner.policy.model, few)
+                scores = score_tokens(learner.policy.model, states, batch.tokens[:n].to(DEVICE))
+            off = (scores[0].cpu() - batch.old_logp[:n]).abs().mean().item()
+            scored = clock()
+            update(learner, turns, batch, 5.0, 1.5, cfg)
+            end = clock()
+        keep = not recomputes(body, cfg.tokens_per_batch)
+        part = min(tokens, cfg.tokens_per_batch)
+        always, *phases = predict(config, rank, keep=keep, tokens=part, cached=tokens)
+        yield {
+            "LoRA rank": rank,
+            "decoding": decoding,
+            "generated tokens/s": rows * response / (middle - begin),
+            "layers kept": keep,
+            "trained tokens/s": tokens / (end - scored),
+            "sampled - scored, nats": off,
+            "peak MB": peak_memory() - before,
+            "predicted MB": (always + max(phases)) / 2**20,
+        }
 
 
 def random_learner(config, cfg):
@@ -128,7 +121,7 @@ def random_learner(config, cfg):
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.activation_checkpointing_enable()
-    model.mixed = model.base_model.mixed = mixed
+    prepare(model, cfg.dtype)
     if cfg.lora_rank:
         add_lora(model, "policy", cfg.lora_rank)
     # a compact policy needs no tokenizer to see where a response ends
@@ -137,7 +130,7 @@ def random_learner(config, cfg):
 
 
 def main():
-    functions = {f.__name__: f for f in (environment, rollout, loss)}
+    functions = {f.__name__: f for f in (environment, rollout)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("parts", nargs="+", choices=[*functions, *SHAPES], metavar="part or model")
     parser.add_argument("--lora-rank", type=int, default=0, help="of a model; 0: none")

@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from support.forward import kept
 from update import LOGITS_AT_ONCE
 
 # bytes of a number, and of one with the two that Adam keeps for it
@@ -27,10 +28,11 @@ SHAPES = {
 }
 
 
-def predict(config, rank=0, ppo=False, tokens=16384, cached=64 * 2048):
+def predict(config, rank=0, ppo=False, keep=False, tokens=16384, cached=64 * 2048):
     """-> bytes that a run holds all through it, and on top in an update, in a rollout
 
-    rank: LoRA's, or 0; tokens: of a micro-batch; cached: of a turn, of all episodes together.
+    rank: LoRA's, or 0; keep: no layer is computed again; tokens: of a micro-batch; cached: of a
+    turn, of all episodes together.
     Matrix products are bfloat16, for which autocast copies float32 weights once.
     """
     with torch.device("meta"):
@@ -54,7 +56,7 @@ def predict(config, rank=0, ppo=False, tokens=16384, cached=64 * 2048):
     logits = FLOAT * (6.3 * LOGITS_AT_ONCE + head)
     # a layer that is computed again, forward and backward
     layer = tokens * HALF * (11 * width + 8 * ffn)
-    update = max(logits, layer)
+    update = logits + kept(config, tokens) if keep else max(logits, layer)
     # copies, gradients, the residual stream
     update += inner * HALF + learns * FLOAT
     update += tokens * own * width * (layers + 1)
@@ -74,6 +76,7 @@ CASES = [
     ("all", "grpo", {}),
     ("all", "ppo", {"ppo": 1}),
     ("LoRA 32", "grpo", {"rank": 32}),
+    ("kept", "grpo", {"rank": 32, "keep": True}),
     ("LoRA 32", "ppo", {"rank": 32, "ppo": 1}),
 ]
 

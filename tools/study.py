@@ -34,7 +34,7 @@ from support.report import SPLITS, read_arguments
 from support.run_folder import SetupError
 
 # settings that runs of an arm need not share
-OF_A_RUN = set("seed out resume device tokens_per_batch".split())
+OF_A_RUN = set("seed out resume device tokens_per_batch recompute".split())
 # what is kept of a log; MORE is for figures, of the arms that they show and the first seed
 COLUMNS = "step success score entropy corridor_low corridor_high above below invalid uniform "
 COLUMNS += "first_entropy first_above rest_entropy rest_above iid_success ood_success "
