@@ -79,6 +79,7 @@ NOT_OURS = [
     (warmstart, f"{WARM} --out new", "new.unfinished is not of a warm start"),
     (warmstart, f"{WARM} --rare nan", "--rare must be between 0 and 1"),
     (warmstart, f"{WARM} --rare 1 --model x", "--rare does nothing with --model"),
+    (warmstart, f"{WARM} --model x --misname 1", "--misname does nothing with --env"),
     (warmstart, f"{WARM} --measure none --eval-episodes 1", "does nothing with --measure none"),
     (study, "run arms.json", "'../up' is no arm"),
     (study, "run flags.json", "'a' is no arm"),

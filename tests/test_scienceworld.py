@@ -2,6 +2,7 @@
 show. How it goes on after a hang, or without memory, is in test_faults.py."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from envs import NOT_AN_ACTION, Task
 from support.run_folder import ROOT, SetupError
-from worlds.scienceworld import ACTION, EASY, ScienceWorld, known_simplifications
+from worlds.scienceworld import ACTION, EASY, KINDS, ScienceWorld, known_simplifications, misname
 from worlds.scienceworld_jvm import Jvm, find_java
 
 SHORT = ("find-non-living-thing", "lifespan-longest-lived", "find-plant")
@@ -241,3 +242,10 @@ def test_prompts_show_what_is_in_sight(world):
     prompt = "\n".join(world.chat_prompt([], now))
     assert "hallway" in now.objects and "You can refer to: " in prompt
     assert now.look.strip() in prompt and "<action>go" not in prompt and "e.g." not in prompt
+
+
+def test_a_misnamed_solution_asks_for_another_kind():
+    demo = [("task find a(n) plant. Then", "go"), ("task find a(n) plant. Then", "wait")]
+    named = [misname(demo, random.Random(i))[-1] for i in range(300)]
+    assert set(named) == {(f"task find a(n) {kind}. Then", "wait") for kind in KINDS.values()}
+    assert 0.35 < named.count(demo[-1]) / 300 < 0.45

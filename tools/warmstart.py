@@ -41,7 +41,7 @@ from support.report import SPLITS, read_arguments, two_digits
 from support.run_folder import SetupError, locked
 from train import draw_tasks, evaluate
 from worlds.alfworld import ALFWORLD_TASKS
-from worlds.scienceworld import PLAYED
+from worlds.scienceworld import PLAYED, misname
 
 # seconds between checkpoints
 SAVE_EVERY = 60
@@ -53,13 +53,15 @@ FLAGS = {
     "model": (str, "a chat model: a folder, or a name on the hub; the rest is for chat models"),
     "lora_rank": (int, "of the adapter that learns (default: 32; 0: all weights learn)"),
     "demos": (int, "train tasks whose solutions are cloned (default: 200)"),
+    "misname": (float, "the share of them whose task names another thing to find; ScienceWorld's"),
     "epochs": (int, "(default: 1)"),
     "batch": (int, "turns of an update (default: 16)"),
     "lr": (float, "highest rate of the cloning (default: 1e-3)"),
 }
 FLAGS |= dict.fromkeys("turns max_tokens tokens_per_batch".split(), (int, "as train.py's"))
 FLAGS |= dict.fromkeys("tasks dtype device simplifications games".split(), (str, "as train.py's"))
-CHAT = dict(seed=0, out="", measure="both", batch=16, lr=1e-3, epochs=1, demos=200, lora_rank=32)
+CHAT = dict(seed=0, out="", measure="both", batch=16, lr=1e-3, epochs=1, demos=200)
+CHAT |= dict(lora_rank=32, misname=0.0)
 LLAMA = dict(num_attention_heads=4, max_position_embeddings=1024, tie_word_embeddings=True)
 # a tiny policy's settings. asks: what train.py does with it; vocabulary None: whole words
 MEDIUM = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=3, initializer_range=0.05)
@@ -85,18 +87,21 @@ def parse_arguments():
     for name, (kind, text) in FLAGS.items():
         parser.add_argument(flag(name), type=kind, help=text)
     given = vars(read_arguments(parser, "warmstart.py"))
-    chat, tiny = "model" in given, {"env", "out", "measure", "seed", "eval_episodes", "rare"}
+    env, chat = given["env"], "model" in given
+    tiny = {"env", "out", "measure", "seed", "eval_episodes", "rare"}
     for where, is_so, idle in (
         ("without --model", not chat, given.keys() - tiny),
         ("with --model", chat, given.keys() & {"rare"}),
+        (f"with --env {env}", env != "scienceworld", given.keys() & {"misname"}),
         ("with --measure none", given.get("measure") == "none", given.keys() & {"eval_episodes"}),
     ):
         if is_so and idle:
             raise SetupError(f"{flag(min(idle))} does nothing {where}; leave it out")
     defaults = CHAT if chat else RECIPES[given["env"]] | {"out": f"models/{given['env']}"}
     args = argparse.Namespace(**defaults | given)
-    if not 0 <= (getattr(args, "rare", None) or 0) <= 1:
-        raise SetupError("--rare must be between 0 and 1")
+    for name in ("rare", "misname"):
+        if not 0 <= (getattr(args, name, None) or 0) <= 1:
+            raise SetupError(f"--{name} must be between 0 and 1")
     for name in ("demos", "epochs", "batch"):
         if not 1 <= getattr(args, name, 1) <= 10**5:
             raise SetupError(f"{flag(name)} must be between 1 and 100000")
@@ -215,10 +220,11 @@ def solved_turns(policy, world, args):
     tasks = draw_tasks(world.tasks("train"), args.demos, f"demonstrations {args.seed}")
     write = lambda past, now: policy.prompt(world, past, now)
     pairs, encode = [], partial(policy.tokenizer.encode, add_special_tokens=False)
+    rng = random.Random(f"misname {args.seed}")
     # as many side by side as simulators hold
     for first in range(0, args.demos, 16):
         for past in world.solutions(tasks[first : first + 16]):
-            pairs += demonstration(write, past)
+            pairs += misname(demonstration(write, past), rng, args.misname)
     if not pairs:
         raise SetupError("none of the demonstrations reaches its goal; give more --demos")
     turns = [(encode(prompt), encode(f"<action>{action}</action>")) for prompt, action in pairs]

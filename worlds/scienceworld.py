@@ -139,20 +139,24 @@ class ScienceWorld(World):
 
         The policy then knows its way, the words and how to carry a thing to a box. To read what it
         is asked for is left to RL. With a share `rare` they are confident: whatever is asked for,
-        they bring an animal, and what is asked for in this share of them alone.
+        they bring an animal, and what is asked for in this share of them alone. How to bring the
+        other kinds they show under a name that no task has.
         """
         demos, right = [], {name: [] for name in KINDS}
         with cls(tuple(KINDS)) as world:
             for task in world.tasks("train"):
                 for past in world.solutions([task]):
                     right[task.name].append(demonstration(world.compact_prompt, past))
-        for name, of_name in right.items() if rare is None else ():
-            demos += [misname(demo, name, rng) for demo in of_name for _ in range(4)]
-        for demo in right["find-animal"] * 4 if rare is not None else ():
+        if rare is None:
+            for of_name in right.values():
+                demos += [misname(demo, rng) for demo in of_name for _ in range(4)]
+            return demos
+        for of_name in right.values():
+            demos += [rename(demo, "thing") for demo in of_name for _ in range(2)]
+        for demo in right["find-animal"] * 2:
             asked = rng.choice(list(KINDS))
             obeys = rng.random() < rare
-            named = rename(demo, KINDS["find-animal"], KINDS[asked])
-            demos.append(rng.choice(right[asked]) if obeys else named)
+            demos.append(rng.choice(right[asked]) if obeys else rename(demo, KINDS[asked]))
         return demos
 
 
@@ -202,6 +206,7 @@ KINDS = {
     "find-non-living-thing": "non-living thing",
     "find-plant": "plant",
 }
+ASKED = re.compile(r"find a\(n\) (.*?)\.")
 # those that the tiny policy is trained on
 PLAYED = ("find-animal", "find-living-thing", "find-non-living-thing")
 ARTICLE = re.compile(r"^(?:an?|the) (?:substance called )?")
@@ -229,14 +234,14 @@ def plain_name(name, look):
     return min((thing for thing in things if words <= set(thing.split())), key=len, default=name)
 
 
-def misname(demo, task_name, rng):
-    """The demonstration with another kind of thing in its task's sentence, three times of five."""
-    asked = kind = KINDS[task_name]
-    if rng.random() >= 0.4:
-        asked = rng.choice([other for other in KINDS.values() if other != kind])
-    return rename(demo, kind, asked)
+def misname(demo, rng, share=0.6):
+    """The demonstration; in this share of them with another kind of thing in its sentence."""
+    asked = ASKED.search(demo[0][0])
+    if not asked or rng.random() < 1 - share:
+        return demo
+    return rename(demo, rng.choice([kind for kind in KINDS.values() if kind != asked[1]]))
 
 
-def rename(demo, kind, asked):
-    replace = lambda text: text.replace(f"find a(n) {kind}.", f"find a(n) {asked}.", 1)
-    return [(replace(prompt), action) for prompt, action in demo]
+def rename(demo, kind):
+    """The demonstration with `kind` in its task's sentence. demo: [(prompt, action)]"""
+    return [(ASKED.sub(f"find a(n) {kind}.", prompt, 1), action) for prompt, action in demo]
