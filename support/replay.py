@@ -63,7 +63,7 @@ class Replay:
         mask = pad(mask[row], (0, columns - mask.shape[1])).to(dtype)
         # as attention adds it
         self.mask = mask.log()[:, None, None]
-        self.advance, self.steps = self.step, 0
+        self.recorded, self.steps = None, 0
 
     def read(self, row, token):
         """The rows `row` read a token (n,) each, the others anything -> logits (N, V) of all."""
@@ -73,7 +73,7 @@ class Replay:
         # not the first, which also copies weights for autocast
         if self.steps == 2:
             self.record()
-        self.advance()
+        (self.recorded or self.step)()
         return self.logits
 
     def step(self):
@@ -84,7 +84,7 @@ class Replay:
 
     def record(self):
         try:
-            self.advance = capture(self.step)
+            self.recorded = capture(self.step)
         except Exception as error:
             # of many kinds; this cache goes on launch by launch, and the next one grows
             DEVICES.clear()
