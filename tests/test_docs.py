@@ -177,13 +177,10 @@ OF_THE_CPU = """
 {environment[0][turns/s]:.0f} turns/s, {environment[0][MB]:.0f} MiB
 {environment[2][turns/s]:.1f} turns/s, {environment[2][MB for 32 (extrapolated)]:,.0f} MiB
 {environment[0][speed]:.0f} × the speed
-with names in sight | {environment[1][turns/s]:.0f} turns/s
-{environment[1][speed]:.0f} × the speed
 {alfworld[2][turns/s]:.0f} turns/s, {alfworld[2][MB]:.0f} MiB
 {alfworld[3][turns/s]:.0f} turns/s, {alfworld[3][MB]:,.0f} MiB
 {alfworld[2][speed]:.0f} × the speed, {smaller:.0f} % of the memory
 {rollout[0][turns/s]:.0f} turns/s | {faster[0]:.1f} × the speed
-{rollout[1][turns/s]:.0f} turns/s | {faster[1]:.1f} × the speed
 {rollout[2][turns/s]:.1f} turns/s | {faster[2]:.1f} × the speed
 """
 OF_THE_GPU = """
