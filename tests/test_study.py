@@ -26,7 +26,7 @@ FOLDER = ROOT / "results" / "study"
 AT = {name: str(FOLDER / name) for name in ("alfworld", "coin", "main", "scienceworld", "short")}
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 SENTENCES = " ".join(PAGE.split())
-CONFIDENT = str(FOLDER / "confident")
+CONFIDENT, ON_SCIENCEWORLD = (str(FOLDER / f"{name}confident") for name in ("", "scienceworld-"))
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
 
 
@@ -124,8 +124,10 @@ plain {ppo_plain}, the bonus {ppo_base_001}, α 3 {ppo_epo3_001}"""
 
 
 def test_tables_of_the_confident_start():
-    assert study.tables([CONFIDENT]) == (FOLDER / "confident.md").read_text(encoding="utf-8")
-    arms = [arm for arm in study.arms_table(CONFIDENT) if arm["confident"].startswith("grpo")]
+    both = [CONFIDENT, ON_SCIENCEWORLD]
+    assert study.tables(both) == (FOLDER / "confident.md").read_text(encoding="utf-8")
+    rows = [row for at in both for row in study.arms_table(at)]
+    arms = [row for row in rows if not row.get("confident", "").startswith("ppo")]
     names = "seeds iid_after ood_after area highest".split()
     found = [[str(arm[name]) for name in names] for arm in arms]
     assert [[*row.values()][2:] for row in rows_of("area")] == found
@@ -191,7 +193,7 @@ def test_table_of_the_pre_trained_model():
 
 def test_what_is_declared_is_what_the_protocol_says():
     arms = Counter()
-    rows = re.findall(r"^\| \w, `(\w+)` \|.*\| (.*) \| (\d+) \|$", PROTOCOL, re.M)
+    rows = re.findall(r"^\| \w, `([\w-]+)` \|.*\| (.*) \| (\d+) \|$", PROTOCOL, re.M)
     for name, names, seeds in rows:
         arms[name] += len(names.split(";"))
         assert study.load(FOLDER / name).seeds == [200, 200 + int(seeds)]

@@ -106,7 +106,7 @@ def test_a_run_leaves_a_model_that_another_run_goes_on_from(folder, tmp_path):
 
 def test_a_cloned_response_is_a_solution_and_ends_where_sampling_ends(folder):
     policy = load_policy(folder, "keyquest", think="off")
-    args = Namespace(seed=0, demos=5, epochs=2)
+    args = Namespace(seed=0, demos=5, epochs=2, misname=0.0)
     turns, orders = warmstart.solved_turns(policy, KeyQuest(("short",)), args)
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
     decode = policy.tokenizer.decode
