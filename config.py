@@ -196,7 +196,7 @@ BOUNDS = {
     "eval_temperature": (0.01, 100),
     # no layer is wider, and torch's seeds stay in range
     "lora_rank": (0, 100_000),
-    "seed": (0, LARGEST),
+    "seed": (0, 999_999_999_999),
     "eval_episodes": (1, 1_000_000),
     **dict.fromkeys(["tasks_per_step", "group_size"], (1, 1000)),
     "steps": (0, LARGEST),

@@ -1,4 +1,4 @@
-"""The columns of a run's log; docs/metrics.md explains each. None is no value."""
+"""The columns of a run's log (docs/metrics.md; None is no value), and its transcripts."""
 
 import math
 

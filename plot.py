@@ -114,9 +114,9 @@ def mean(numbers):
 
 
 def stack(runs, name):
-    """A column of the log of all runs -> (seeds, steps, …), nan after the end of a shorter run."""
+    """A column of the log of all runs -> (seeds, steps), nan after the end of a shorter run."""
     columns = [log.get(name, log["step"] * np.nan) for _, log in runs]
-    stacked = np.full([len(runs), *max(columns, key=len).shape], np.nan)
+    stacked = np.full([len(runs), max(map(len, columns))], np.nan)
     for seed, column in zip(stacked, columns):
         seed[: len(column)] = column
     return stacked

@@ -56,7 +56,7 @@ class Replay:
         self.position = position[row]
         self.token = torch.zeros_like(self.position)
         # under autocast, keys may be float32 where values are bfloat16
-        dtype = torch.bfloat16 if getattr(model, "mixed", False) else layers[0].keys.dtype
+        dtype = layers[0].values.dtype
         for i in range(len(layers)):
             # the old one is freed before the next is made
             layers[i] = FixedLayer(layers[i], row, columns, self.column, dtype)

@@ -136,7 +136,7 @@ NUMBERS += [(name, "0") for name in INTS if name not in ("seed", "lora_rank", "s
 NUMBERS += [(name, "-0.1") for name in FLOATS if name != "eval_temperature"]
 NUMBERS += [(name, "1.01") for name in SHARES]
 NUMBERS += [("temperature", value) for value in ("1e-5", "1e-40", "0.049", "101")]
-NUMBERS += [("eval_temperature", "0"), ("seed", "1000000000001"), ("kappa_l", "3")]
+NUMBERS += [("eval_temperature", "0"), ("seed", "1000000000000"), ("kappa_l", "3")]
 NUMBERS += [("eval_episodes", "1000001"), ("lora_rank", "100001"), ("steps", "--")]
 # flags, others of the same kind: what the line says. They are given beside `a file`, and `a run`,
 # which is finished.

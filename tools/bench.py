@@ -98,8 +98,8 @@ def model(name, rank, dtype="bfloat16"):
             scored = clock()
             update(learner, turns, batch, 5.0, 1.5, cfg)
             end = clock()
-        keep = not recomputes(body, cfg.tokens_per_batch)
         part = min(tokens, cfg.tokens_per_batch)
+        keep = not recomputes(body, part)
         always, *phases = predict(config, rank, keep=keep, tokens=part, cached=tokens)
         yield {
             "LoRA rank": rank,
