@@ -35,7 +35,7 @@ figures: $(VENV)/installed
 		"EPO, α 3, λ 0.1=$(STUDY)short.csv/grpo-epo3-0.1"
 	$(VENV)/bin/python plot.py --out figures/scienceworld --draw overview \
 		"GRPO=$(STUDY)scienceworld.csv/grpo-plain" \
-		"EPO-Base, λ 0.02=$(STUDY)scienceworld.csv/grpo-base-0.02" \
+		"bonus, λ 0.02=$(STUDY)scienceworld.csv/grpo-base-0.02" \
 		"EPO, α 0.05, λ 0.001=$(STUDY)scienceworld.csv/grpo-epo0.05-0.001" \
 		"EPO, α 3, λ 0.02=$(STUDY)scienceworld.csv/grpo-epo3-0.02"
 	$(VENV)/bin/python plot.py --out figures/smollm2-keyquest --draw overview \

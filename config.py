@@ -211,7 +211,7 @@ def flag(name):
 
 def checked(values):
     """{name: value} -> Config; None is not decided yet. SetupError for what cannot work."""
-    # JSON and presets have 1 where 1.0 is meant; a larger one is refused as it is
+    # JSON has 1 where 1.0 is meant; a larger one is refused as it is
     whole = [name for name, value in values.items() if type(value) is int and abs(value) <= LARGEST]
     floats = {name: float(values[name]) for name in whole if float in ALLOWED[name][0]}
     cfg = Config(**values | floats)

@@ -120,7 +120,7 @@ With λ 0.03 {grpo_base_003} escape
 nats. {grpo_epo3_001} seeds escape, late
 published:** {grpo_epo005_0001} seeds escape
 target: {grpo_adaptive} seeds escape
-plain {ppo_plain}, the bonus {ppo_base_001}, α 3 {ppo_epo3_001}"""
+plain {ppo_plain}, the bonus {ppo_base_001}, α 3: {ppo_epo3_001}"""
 
 
 def test_tables_of_the_confident_start():
@@ -229,7 +229,7 @@ def test_in_how_many_runs_the_variance_of_entropy_falls():
             plain = config["entropy_coef"] == 0
             if plain or (config["smoothing"] == "hinge" and config["alpha"] < 1):
                 falls[plain].append(variances == sorted(set(variances), reverse=True))
-    says = "falls in {} of {} runs of EPO as published in our earlier study, and in {} of {} plain"
+    says = "falls in {} of {} runs with the paper's α in our earlier study, and in {} of {} plain"
     counts = [f(falls[plain]) for plain in (False, True) for f in (sum, len)]
     paper = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
     assert says.format(*counts) in " ".join(paper.split())

@@ -1,7 +1,7 @@
 """Studies: arms × seeds of train.py, declared as data; run, kept as tables, and compared.
 
     python -m tools.study run results/study/short.json --jobs 2    # what is missing of it
-    python -m tools.study tables results/study/*.json > results/study/tables.md
+    python -m tools.study tables results/study/*confident.json
 
 NAME.json is a `Study`. NAME.csv has a row a step: arm, seed and columns of the log, with four
 digits; null is empty. Until it ends, a run is a folder in NAME.running/: a stopped study goes on.
@@ -213,8 +213,9 @@ def compared(at):
         row |= {"mean": values.mean(), "low": low, "high": high}
         row |= {"t low": t_low, "t high": t_high, "p": student.pvalue}
         verdict = "holds" if (low > 0) == (relation == ">") else "fails"
-        # nan is not above or below anything
-        row["verdict"] = verdict if low > 0 or high < 0 else "undecided"
+        # of part of the seeds nothing is said; nan is not above or below anything
+        whole = len(pairs) >= len(range(*load(at).seeds))
+        row["verdict"] = verdict if whole and (low > 0 or high < 0) else "undecided"
         yield row
 
 
