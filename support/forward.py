@@ -120,10 +120,10 @@ def recomputes(body, tokens):
         return body.recompute == "on"
     if body.device.type == "cpu":
         return tokens > RECOMPUTE_ABOVE
-    card = torch.cuda.get_device_properties(body.device)
-    # the other half is for gradients and logits
-    room = (card.total_memory - torch.cuda.memory_allocated()) / 2
-    return kept(body.config.get_text_config(), tokens) > room
+    free = torch.cuda.mem_get_info()[0]
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    # the rest is for gradients, copies of weights and logits; float32 keeps twice as much
+    return kept(body.config.get_text_config(), tokens) > free / (3 if body.mixed else 6)
 
 
 def micro_batches(turns, indices, budget):

@@ -14,7 +14,8 @@ DEVICES = ["cuda"]
 def capture(work):
     """Record `work` -> a function that does it again in the same memory."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # a recording that fails would leave us on its stream
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         work()
     return graph.replay
 
@@ -30,7 +31,7 @@ class FixedLayer(DynamicLayer):
 
     def update(self, keys, values, *_, **__):
         self.keys.index_copy_(2, self.column, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, self.column, values.to(self.values.dtype))
+        self.values.index_copy_(2, self.column, values)
         return self.keys, self.values
 
 
@@ -61,7 +62,6 @@ class Replay:
             # the old one is freed before the next is made
             layers[i] = FixedLayer(layers[i], row, columns, self.column, dtype)
         mask = pad(mask[row], (0, columns - mask.shape[1])).to(dtype)
-        # as attention adds it
         self.mask = mask.log()[:, None, None]
         self.recorded, self.steps = None, 0
 
@@ -70,7 +70,7 @@ class Replay:
         token = token.to(self.model.device)
         self.token[row] = token[:, None]
         self.steps += 1
-        # not the first, which also copies weights for autocast
+        # not the first, which loads kernels
         if self.steps == 2:
             self.record()
         (self.recorded or self.step)()
@@ -86,6 +86,6 @@ class Replay:
         try:
             self.recorded = capture(self.step)
         except Exception as error:
-            # of many kinds; this cache goes on launch by launch, and the next one grows
+            # of many kinds, with their cause; this cache goes on launch by launch, the next grows
             DEVICES.clear()
-            print(f"decoding is not recorded as a CUDA graph ({one_line(error)})", flush=True)
+            print(f"no CUDA graph of decoding ({one_line(error.__context__ or error)})")

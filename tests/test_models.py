@@ -141,11 +141,12 @@ def test_recompute_is_a_setting_or_what_the_card_has_no_room_for(folder, monkeyp
         assert forward.recomputes(body, 1) == forward.recomputes(body, 10**9) == answer
     # 2 layers of 8 · 48 + 4 · 96 numbers of two bytes
     assert forward.kept(body.config, 10) == 2 * 10 * 2 * 768
-    on_a_card = SimpleNamespace(device=torch.device("cuda"), config=body.config)
-    card = SimpleNamespace(total_memory=100_000)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100_000 - 2 * 30_720)
-    assert [forward.recomputes(on_a_card, tokens) for tokens in (10, 11)] == [False, True]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 30_720, 10**6))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 40_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 40_000 - 30_720)
+    for mixed, most in ((True, 10), (False, 5)):
+        card = SimpleNamespace(device=torch.device("cuda"), config=body.config, mixed=mixed)
+        assert [forward.recomputes(card, tokens) for tokens in (most, most + 1)] == [False, True]
 
 
 class Graph(TorchDispatchMode):
@@ -205,7 +206,7 @@ def test_what_cannot_be_recorded_is_decoded_launch_by_launch(folder, monkeypatch
         generator = torch.Generator().manual_seed(1)
         written.append(generate(policy, [[5, 6, 7]], 1.0, 8, generator)[0])
     assert written[0][0] == written[1][0] and not devices
-    assert "decoding is not recorded as a CUDA graph (" in capsys.readouterr().out
+    assert "no CUDA graph of decoding (" in capsys.readouterr().out
 
 
 def test_lora_trains_the_adapter_alone_and_its_start_is_the_model_without_it(folder, tmp_path):

@@ -58,10 +58,10 @@ def environment(turns=10):
 
 def rollout(episodes=64):
     """Whole episodes of the tiny policy in ScienceWorld; to load the tasks is left out."""
-    cfg, policy = decide({"env": "scienceworld"}), load_policy("tiny", "scienceworld")
+    cfg, policy = decide({"env": "scienceworld"}), load_policy("tiny", "scienceworld", DEVICE)
     with ScienceWorld.from_config(cfg, compact=True) as world:
         tasks = random.Random(0).sample(world.tasks("train"), episodes)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(0)
         done, _, seconds = collect(world, policy, tasks, cfg.turns, 1.0, 24, generator)
     turns = sum(len(episode.turns) for episode in done)
     speed = turns / (seconds["generate"] + seconds["environment"])
@@ -76,12 +76,12 @@ def model(name, rank, dtype="bfloat16"):
     settings = {"lr": 1e-5, "minibatches": 1, "tokens_per_batch": 16384}
     cfg = checked({"lora_rank": rank, "dtype": dtype, **settings})
     prompts = torch.randint(config.vocab_size, (rows, prompt)).tolist()
-    for decoding, recompute in (("growing", "on"), ("replayed", "auto")):
-        replay.DEVICES[:] = ["cuda"] if decoding == "replayed" else []
+    for devices, recompute in (([], "on"), (["cuda"], "auto")):
+        replay.DEVICES[:] = devices
+        learner = None
         before = peak_memory(forget=True)
         learner = random_learner(config, cfg)
-        body = learner.policy.model.base_model
-        body.recompute = recompute
+        learner.policy.model.base_model.recompute = recompute
         # the second time all is warm
         for _ in range(2):
             begin = clock()
@@ -99,11 +99,11 @@ def model(name, rank, dtype="bfloat16"):
             update(learner, turns, batch, 5.0, 1.5, cfg)
             end = clock()
         part = min(tokens, cfg.tokens_per_batch)
-        keep = not recomputes(body, part)
+        keep = not recomputes(learner.policy.model.base_model, part)
         always, *phases = predict(config, rank, keep=keep, tokens=part, cached=tokens)
         yield {
             "LoRA rank": rank,
-            "decoding": decoding,
+            "decoding": "replayed" if DEVICE in replay.DEVICES else "growing",
             "generated tokens/s": rows * response / (middle - begin),
             "layers kept": keep,
             "trained tokens/s": tokens / (end - scored),
