@@ -88,4 +88,4 @@ class Replay:
         except Exception as error:
             # of many kinds, with their cause; this cache goes on launch by launch, the next grows
             DEVICES.clear()
-            print(f"no CUDA graph of decoding ({one_line(error.__context__ or error)})")
+            print("no CUDA graph of decoding:", one_line(error.__context__ or error))
