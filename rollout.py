@@ -219,10 +219,10 @@ def differences(policy):
     model, sampler = policy.model, copy.copy(policy)
     generator = torch.Generator(model.device).manual_seed(0)
     ids = torch.arange(40) ** 2 + torch.arange(2)[:, None]
-    row, other = (ids % len(policy.tokenizer)).tolist()
+    one, other = (ids % len(policy.tokenizer)).tolist()
     # unequal ones and two equal ones; each has 40 tokens with its response
-    short = row[:37]
-    prompts = [row[:39], row[:36] + other[:2], short, short]
+    short = one[:37]
+    prompts = [one[:39], one[:36] + other[:2], short, short]
     # the first of them ends at each token; what has no shared prefix is read in two parts
     sampler.unfinished = lambda token, responses: torch.arange(len(token)) > 0
     sampler.tokens_per_batch = 72
