@@ -172,7 +172,7 @@ ODD = {
 
 @pytest.mark.parametrize("odd", ODD)
 def test_every_figure_of_odd_runs(monkeypatch, capsys, recwarn, odd):
-    """Nothing is missing, nothing warns, and the same bytes come every time."""
+    """Nothing is missing, nothing warns (but of other tests' open files), all bytes come again."""
     for i, changes in enumerate(ODD[odd]):
         a_run(f"runs/{i}", **changes)
     names = plot.OF_MANY if odd == "nine groups" else plot.OF_FEW
@@ -184,7 +184,6 @@ def test_every_figure_of_odd_runs(monkeypatch, capsys, recwarn, odd):
         assert len(os.listdir(out)) == len(files)
         contents.append([Path(file).read_bytes() for file in files])
     assert contents[0] == contents[1]
-    # a file that another test left open is closed, and warned of, at any moment
     assert not [str(w.message) for w in recwarn if w.category is not ResourceWarning]
 
 

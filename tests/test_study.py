@@ -120,7 +120,8 @@ With λ 0.03 {grpo_base_003} escape
 nats. {grpo_epo3_001} seeds escape, late
 published:** {grpo_epo005_0001} seeds escape
 target: {grpo_adaptive} seeds escape
-plain {ppo_plain}, the bonus {ppo_base_001}, α 3: {ppo_epo3_001}"""
+plain {ppo_plain}, the bonus {ppo_base_001}, α 3: {ppo_epo3_001}
+success of any step is {highest:.2f}"""
 
 
 def test_tables_of_the_confident_start():
@@ -138,12 +139,13 @@ def test_how_many_seeds_escape():
     escaped = {}
     for arm in study.load(CONFIDENT).arms:
         (runs,) = plot.load(f"{CONFIDENT}.csv/{arm}").values()
-        success = plot.stack(runs, "success")[:, :60]
-        least = np.minimum(np.minimum(success[:, :-2], success[:, 1:-1]), success[:, 2:])
+        trios = np.lib.stride_tricks.sliding_window_view(plot.stack(runs, "success")[:, :60], 3, 1)
         name = arm.replace("-", "_").replace(".", "")
-        escaped[name] = f"{(least >= 0.5).any(1).sum()} of {len(runs)}"
-    for says in ESCAPES.splitlines():
-        assert says.format(**escaped) in SENTENCES
+        escaped[name] = f"{(trios.min(2) >= 0.5).any(1).sum()} of {len(runs)}"
+    with open(f"{ON_SCIENCEWORLD}.csv", encoding="utf-8") as file:
+        steps = [float(row["success"] or 0) for row in csv.DictReader(file)]
+    for says in ESCAPES.format(highest=max(steps), **escaped).splitlines():
+        assert says in SENTENCES
 
 
 def test_sentences_of_the_arms_with_a_large_bonus():
