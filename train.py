@@ -248,8 +248,8 @@ def main():
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise
-        less = "--recompute on, fewer --tokens-per-batch (both also with --resume), --group-size"
-        sys.exit(f"train.py: out of memory ({one_line(error)}); try {less}, or --lora-rank")
+        do = "lower --tokens-per-batch (also with --resume), --group-size or --max-tokens, or use"
+        sys.exit(f"train.py: out of memory ({one_line(error)}); {do} --recompute on or --lora-rank")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; --resume with the same --out goes on from the last step")
 

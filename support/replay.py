@@ -30,8 +30,8 @@ class FixedLayer(DynamicLayer):
         self.keys, self.values = (pad(t[row].to(dtype), more) for t in (layer.keys, layer.values))
 
     def update(self, keys, values, *_, **__):
-        self.keys.index_copy_(2, self.column, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, self.column, values)
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            kept.index_copy_(2, self.column, new.to(kept))
         return self.keys, self.values
 
 

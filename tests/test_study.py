@@ -142,9 +142,9 @@ def test_how_many_seeds_escape():
         trios = np.lib.stride_tricks.sliding_window_view(plot.stack(runs, "success")[:, :60], 3, 1)
         name = arm.replace("-", "_").replace(".", "")
         escaped[name] = f"{(trios.min(2) >= 0.5).any(1).sum()} of {len(runs)}"
-    with open(f"{ON_SCIENCEWORLD}.csv", encoding="utf-8") as file:
-        steps = [float(row["success"] or 0) for row in csv.DictReader(file)]
-    for says in ESCAPES.format(highest=max(steps), **escaped).splitlines():
+    runs = [run for arm in plot.load(f"{ON_SCIENCEWORLD}.csv").values() for run in arm]
+    highest = np.nanmax(plot.stack(runs, "success"))
+    for says in ESCAPES.format(highest=highest, **escaped).splitlines():
         assert says in SENTENCES
 
 

@@ -78,6 +78,7 @@ def model(name, rank, dtype="bfloat16"):
     prompts = torch.randint(config.vocab_size, (rows, prompt)).tolist()
     for devices, recompute in (([], "on"), (["cuda"], "auto")):
         replay.DEVICES[:] = devices
+        # that of the other way is freed before this one is measured
         learner = None
         before = peak_memory(forget=True)
         learner = random_learner(config, cfg)

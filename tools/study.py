@@ -197,7 +197,8 @@ def arms_table(at):
 
 def compared(at):
     """Rows {column: value}: the comparisons, by seed, as an equal seed draws equal tasks."""
-    for text in load(at).comparisons:
+    study = load(at)
+    for text in study.comparisons:
         claim, outcome, arm, relation, baseline = text.split()
         one, other = (outcomes(at).get(name, {}) for name in (arm, baseline))
         pairs = [(one[seed][outcome], other[seed][outcome]) for seed in one if seed in other]
@@ -214,7 +215,7 @@ def compared(at):
         row |= {"t low": t_low, "t high": t_high, "p": student.pvalue}
         verdict = "holds" if (low > 0) == (relation == ">") else "fails"
         # of part of the seeds nothing is said; nan is not above or below anything
-        whole = len(pairs) >= len(range(*load(at).seeds))
+        whole = len(pairs) >= len(range(*study.seeds))
         row["verdict"] = verdict if whole and (low > 0 or high < 0) else "undecided"
         yield row
 
