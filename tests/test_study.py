@@ -26,7 +26,8 @@ FOLDER = ROOT / "results" / "study"
 AT = {name: str(FOLDER / name) for name in ("alfworld", "coin", "main", "scienceworld", "short")}
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 SENTENCES = " ".join(PAGE.split())
-CONFIDENT, ON_SCIENCEWORLD = (str(FOLDER / f"{name}confident") for name in ("", "scienceworld-"))
+NEW = "confident", "scienceworld-confident", "scienceworld-long"
+CONFIDENT, ON_SCIENCEWORLD, _ = NEW = [str(FOLDER / name) for name in NEW]
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
 
 
@@ -125,9 +126,8 @@ success of any step is {highest:.2f}"""
 
 
 def test_tables_of_the_confident_start():
-    both = [CONFIDENT, ON_SCIENCEWORLD]
-    assert study.tables(both) == (FOLDER / "confident.md").read_text(encoding="utf-8")
-    rows = [row for at in both for row in study.arms_table(at)]
+    assert study.tables(NEW) == (FOLDER / "confident.md").read_text(encoding="utf-8")
+    rows = [row for at in NEW for row in study.arms_table(at)]
     arms = [row for row in rows if not row.get("confident", "").startswith("ppo")]
     names = "seeds iid_after ood_after area highest".split()
     found = [[str(arm[name]) for name in names] for arm in arms]

@@ -170,7 +170,9 @@ def cell(value):
 def outcomes(at):
     """{arm: {seed: {outcome: number or None}}} of a study's finished runs."""
     arms = {}
-    for (arm, seed), (_, rows) in read_study(f"{at}.csv").items():
+    # a declared study that has no run yet has no table either
+    made = read_study(f"{at}.csv") if os.path.exists(f"{at}.csv") else {}
+    for (arm, seed), (_, rows) in made.items():
         steps, last = [row for row in rows if "entropy" in row], rows[-1]
         entropy = [row["entropy"] for row in steps]
         numbers = {name: mean(r[name] for r in steps[-10:] if name in r) for name in AT_THE_END}
