@@ -34,10 +34,9 @@ figures: $(VENV)/installed
 		"EPO, α 0.05, λ 0.1=$(STUDY)short.csv/grpo-epo0.05-0.1" \
 		"EPO, α 3, λ 0.1=$(STUDY)short.csv/grpo-epo3-0.1"
 	$(VENV)/bin/python plot.py --out figures/scienceworld --draw overview \
-		"GRPO=$(STUDY)scienceworld.csv/grpo-plain" \
-		"bonus, λ 0.02=$(STUDY)scienceworld.csv/grpo-base-0.02" \
-		"EPO, α 0.05, λ 0.001=$(STUDY)scienceworld.csv/grpo-epo0.05-0.001" \
-		"EPO, α 3, λ 0.02=$(STUDY)scienceworld.csv/grpo-epo3-0.02"
+		"GRPO=$(STUDY)scienceworld-long.csv/grpo-plain" \
+		"EPO, α 0.05, λ 0.001=$(STUDY)scienceworld-long.csv/grpo-epo0.05-0.001" \
+		"EPO, α 3, λ 0.02=$(STUDY)scienceworld-long.csv/grpo-epo3-0.02"
 	$(VENV)/bin/python plot.py --out figures/smollm2-keyquest --draw overview \
 		GRPO=results/smollm2/keyquest-plain GRPO+EPO=results/smollm2/keyquest-epo
 	$(VENV)/bin/python -m tools.transcript --out figures/transcript.html \

@@ -27,7 +27,7 @@ AT = {name: str(FOLDER / name) for name in ("alfworld", "coin", "main", "science
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 SENTENCES = " ".join(PAGE.split())
 NEW = "confident", "scienceworld-confident", "scienceworld-long"
-CONFIDENT, ON_SCIENCEWORLD, _ = NEW = [str(FOLDER / name) for name in NEW]
+CONFIDENT, ON_SCIENCEWORLD, LONG = NEW = [str(FOLDER / name) for name in NEW]
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
 
 
@@ -122,7 +122,8 @@ nats. {grpo_epo3_001} seeds escape, late
 published:** {grpo_epo005_0001} seeds escape
 target: {grpo_adaptive} seeds escape
 plain {ppo_plain}, the bonus {ppo_base_001}, α 3: {ppo_epo3_001}
-success of any step is {highest:.2f}"""
+success of any step is {highest:.2f}
+first ten: in {plain} of plain, {published} of EPO as published, {strong} with α 3"""
 
 
 def test_tables_of_the_confident_start():
@@ -134,9 +135,17 @@ def test_tables_of_the_confident_start():
     assert [[*row.values()][2:] for row in rows_of("area")] == found
 
 
-def test_how_many_seeds_escape():
+def fail(runs):
+    """How many of these runs of experiment D do, by the protocol's rule for its pilots."""
+    success, entropy = (plot.stack(runs, name)[:, :125] for name in ("success", "entropy"))
+    lower = success[:, -20:].mean(1) < success[:, :10].mean(1)
+    return f"{(lower | (entropy.max(1) > 2 * entropy[:, 0])).sum()} of {len(runs)} runs"
+
+
+def test_how_many_seeds_escape_or_fail():
     """Three steps in a row with success of at least 0.5."""
-    escaped = {}
+    long = [fail(*plot.load(f"{LONG}.csv/{arm}").values()) for arm in study.load(LONG).arms]
+    escaped = dict(zip(("plain", "published", "strong"), long, strict=True))
     for arm in study.load(CONFIDENT).arms:
         (runs,) = plot.load(f"{CONFIDENT}.csv/{arm}").values()
         trios = np.lib.stride_tricks.sliding_window_view(plot.stack(runs, "success")[:, :60], 3, 1)
@@ -146,17 +155,6 @@ def test_how_many_seeds_escape():
     highest = np.nanmax(plot.stack(runs, "success"))
     for says in ESCAPES.format(highest=highest, **escaped).splitlines():
         assert says in SENTENCES
-
-
-def test_sentences_of_the_arms_with_a_large_bonus():
-    arms = [arm for arm in study.outcomes(AT["short"]) if arm.endswith("-0.1")]
-    for outcome, says in {
-        "rest_entropy": "ends at {:.2f} to {:.2f} nats",
-        "invalid": "and {:.2f} to {:.2f} of the turns are invalid",
-    }.items():
-        runs_of = [study.outcomes(AT["short"])[arm].values() for arm in arms]
-        means = [np.mean([run[outcome] for run in runs]) for runs in runs_of]
-        assert says.format(min(means), max(means)) in SENTENCES
 
 
 def means(runs, name):
