@@ -20,7 +20,6 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from functools import cache
-from statistics import pstdev
 from typing import NamedTuple
 
 import numpy as np
@@ -94,13 +93,17 @@ def settle(at):
     return study._replace(settings=settings, commits=commits)
 
 
+def finished(at):
+    """The runs of a study as `read_study` has them; none where none is made yet."""
+    return read_study(f"{at}.csv") if os.path.exists(f"{at}.csv") else {}
+
+
 def run(at, jobs):
     """Make what is missing, all arms of a seed before the next seed -> how many runs failed."""
     study, working, failed = settle(at), f"{at}.running", 0
     os.makedirs(working, exist_ok=True)
     with run_folder.locked(working):
-        old = read_study(f"{at}.csv") if os.path.exists(f"{at}.csv") else {}
-        table = {key: rows for key, (_, rows) in old.items()}
+        table = {key: rows for key, (_, rows) in finished(at).items()}
         runs = [(arm, seed) for seed in range(*study.seeds) for arm in study.arms]
         missing = [key for key in runs if key not in table]
         if missing:
@@ -155,8 +158,7 @@ def write_table(at, table):
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["arm", "seed", *columns])
     for key, rows in table.items():
-        for row in rows:
-            lines.writerow([*key, *[cell(row.get(name)) for name in columns]])
+        lines.writerows([*key, *[cell(row.get(name)) for name in columns]] for row in rows)
     run_folder.write_whole(f"{at}.csv", lambda file: file.write(text.getvalue().encode()))
 
 
@@ -170,9 +172,7 @@ def cell(value):
 def outcomes(at):
     """{arm: {seed: {outcome: number or None}}} of a study's finished runs."""
     arms = {}
-    # a declared study that has no run yet has no table either
-    made = read_study(f"{at}.csv") if os.path.exists(f"{at}.csv") else {}
-    for (arm, seed), (_, rows) in made.items():
+    for (arm, seed), (_, rows) in finished(at).items():
         steps, last = [row for row in rows if "entropy" in row], rows[-1]
         entropy = [row["entropy"] for row in steps]
         numbers = {name: mean(r[name] for r in steps[-10:] if name in r) for name in AT_THE_END}
@@ -181,7 +181,7 @@ def outcomes(at):
         numbers["after"] = None if None in both else mean(both)
         numbers["area"] = mean(row["success"] for row in steps)
         changes = np.diff(entropy).tolist()
-        numbers |= {"highest": max(entropy), "jump": pstdev(changes or [0.0])}
+        numbers |= {"highest": max(entropy), "jump": np.std(changes or [0.0])}
         arms.setdefault(arm, {})[seed] = numbers
     return arms
 
