@@ -182,7 +182,7 @@ def test_table_of_the_pre_trained_model():
         (runs,) = plot.load(ROOT / "results" / row["runs"]).values()
         iid, ood = (means(runs, f"{split}_success") for split in ("iid", "ood"))
         before, after = (iid[0] + ood[0]) / 2, (iid[-1] + ood[-1]) / 2
-        episodes = 4 * (128 if row["runs"].startswith("gpu") else 36)
+        episodes = sum(2 * config["eval_episodes"] for config, _ in runs)
         error = sum(p * (1 - p) / episodes for p in (before, after)) ** 0.5
         highest = np.nanmax(plot.stack(runs, "entropy"), 1)
         hours = np.nansum(plot.stack(runs, "seconds")) / 3600
