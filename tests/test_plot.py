@@ -25,7 +25,7 @@ def rows_of(entropies, cap=2.0, evaluated=(0.25, 0.75), **_):
     rows = []
     for h in entropies:
         row = {"step": len(rows), "success": h / 4, "entropy": h, "kl": 0.02}
-        row |= {"first_entropy": 2 * h, "rest_entropy": h / 2, "entropy_histogram": [1.0]}
+        row |= {"first_entropy": 2 * h, "rest_entropy": h / 2, "entropy_by_turn": [1.0]}
         row |= {"corridor_low": h / 10, "corridor_high": cap and cap * h}
         rows.append(row)
     rows.append({"step": len(rows)})
@@ -213,7 +213,7 @@ ERRORS = {
     "s.csv/ppo": "s.csv/ppo: this study has no such arm",
     "run A=run run": "two groups would be run: GRPO+EPO; name them with LABEL=PATH",
     "A=run --draw iid_by_task": "iid_by_task is no figure, and no number in these logs",
-    "run --draw entropy_histogram": "--draw: entropy_histogram is no figure",
+    "run --draw entropy_by_turn": "--draw: entropy_by_turn is no figure",
     "run --out s.csv": "File exists: 's.csv'",
 }
 

@@ -38,7 +38,7 @@ OF_A_RUN = set("seed out resume device tokens_per_batch recompute".split())
 COLUMNS = "step success score entropy corridor_low corridor_high above below invalid uniform "
 COLUMNS += "first_entropy first_above rest_entropy rest_above iid_success ood_success "
 COLUMNS += "entropy_coef seconds "
-MORE = "kl beta loss policy_loss entropy_loss smoothing_loss entropy_by_turn entropy_histogram"
+MORE = "kl beta loss policy_loss entropy_loss smoothing_loss entropy_by_turn"
 # numbers of a run: of its evaluations, of all its steps (area: the mean success), and means of the
 # last ten steps
 AT_THE_END = "success invalid first_entropy rest_entropy first_above rest_above".split()
