@@ -92,7 +92,7 @@ def as_arrays(rows):
     steps = [row.get("step") for row in rows]
     if steps != [*range(len(steps) or 1)]:
         raise ValueError("log.jsonl has no whole row yet, or a step is not in it")
-    names = [n for n in set().union(*rows) if not n.endswith(("by_turn", "by_task"))]
+    names = [n for n in set().union(*rows) if not n.endswith(("histogram", "by_turn", "by_task"))]
     return {name: np.array([row.get(name) for row in rows], float) for name in names}
 
 
